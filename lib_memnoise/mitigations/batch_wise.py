@@ -1,0 +1,50 @@
+"""Batch-wise mitigation: a few forward evaluations, then guidance off until τ (Algorithm 1, Eq. 10)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lib_memnoise.mitigations.outcome import Outcome
+from lib_memnoise.prediction import Delta, magnitude, per_image, working_precision
+from lib_memnoise.settings import Settings
+
+
+@torch.no_grad()
+def adjust(x: Tensor, delta: Delta, *, gamma: float, rho: float, steps: int) -> Tensor:
+    """Adjust initial latents along the sharpness of the conditional prediction (Algorithm 1, first loop).
+
+    Args:
+        x: initial latents x_T, `(B, C, H, W)`, unit variance.
+        delta: `delta(x)` returns Δ(x, T) in the shape of x, in the network's native output (ε or v).
+        gamma: adjustment strength γ̃ (Eq. 10), in units of x per unit of Δ.
+        rho: sharpness parameter ρ: the length ‖δ̂‖₂ of the probe, in units of x.
+        steps: number of adjustments M.
+
+    Returns:
+        x̃_T in the shape of x, float32 (float64 if x is). x itself is not changed.
+
+    Every image is treated on its own: δ̂ is normalised per sample. An image whose Δ is exactly zero has no
+    direction to be probed in and stays as it is. Cost: 2·M evaluations of Δ, that is 4·M network rows an
+    image, forward only; none where γ̃, ρ or M is zero, since then x̃_T = x_T.
+    """
+    x = working_precision(x)
+    if gamma == 0 or rho == 0:
+        return x
+    for _ in range(steps):
+        prediction = delta(x).to(x.dtype)
+        length = per_image(magnitude(prediction))
+        # δ̂(x_T) = ρ · ε̃(x_T, T, y) / ‖ε̃(x_T, T, y)‖₂
+        probe = rho * prediction / torch.where(length == 0, torch.ones_like(length), length)
+        # x̃_T = x_T − γ̃ (ε̃(x_T + δ̂(x_T), T, y) − ε̃(x_T, T, y))
+        x = x - gamma * (delta(x + probe).to(x.dtype) - prediction)
+    return x
+
+
+def mitigate(x: Tensor, delta: Delta, settings: Settings, factor: float) -> Outcome:
+    """`adjust` with resolved settings; `factor` scales ρ to the size of the latent."""
+    assert settings.gamma is not None and settings.rho is not None and settings.steps is not None
+    return Outcome(
+        adjust(x, delta, gamma=settings.gamma, rho=settings.rho * factor, steps=settings.steps),
+        used={"gamma": settings.gamma, "rho": settings.rho * factor, "steps": settings.steps, "tau": settings.tau},
+    )

@@ -1,0 +1,422 @@
+"""The one schema of settings.
+
+It feeds the accordion, the API's validation, infotext, X/Y/Z axes, the JSON Schema and the documentation.
+Nothing here imports torch, gradio or a WebUI.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lib_memnoise.mitigations import METHODS
+
+
+class SettingError(ValueError):
+    """A setting that cannot be used. The message is one sentence: name, value and what would be right."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of one setting beside its name, type and default."""
+
+    label: str
+    help: str
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+    choices: Mapping[str, str] | None = None
+    """Accepted values and what people see for them."""
+    methods: tuple[str, ...] = ()
+    """The methods that use it; empty: all."""
+    preset: bool = False
+    """A preset supplies it where it is not given."""
+    advanced: bool = False
+
+
+def _setting(default: Any, **spec: Any) -> Any:
+    return field(default=default, metadata={"spec": Spec(**spec)})
+
+
+PRESETS = {
+    "auto": "Automatic (by checkpoint)",
+    "sd1": "SD 1.x",
+    "sd2_v": "SD 2.x v",
+    "custom": "Custom",
+}
+_BATCH, _SAMPLE = ("batch_wise",), ("per_sample",)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Validated settings of one generation. None stands for "as the preset has it"."""
+
+    enabled: bool = _setting(False, label="Memnoise", help="Adjust the initial noise and hold guidance back.")
+    method: str = _setting(
+        "batch_wise",
+        label="Method",
+        help="How the initial noise is adjusted.",
+        choices={name: method.label for name, method in METHODS.items()},
+    )
+    preset: str = _setting(
+        "auto",
+        label="Preset",
+        help="Published values for the kind of checkpoint. Custom: set them yourself.",
+        choices=PRESETS,
+    )
+    gamma: float | None = _setting(
+        None,
+        label="Adjustment strength γ̃",
+        low=0,
+        high=10,
+        step=0.01,
+        methods=_BATCH,
+        preset=True,
+        help="How far each adjustment moves the noise, per unit of the probed difference.",
+    )
+    rho: float | None = _setting(
+        None,
+        label="Sharpness ρ",
+        low=0,
+        high=1000,
+        step=0.1,
+        methods=_BATCH,
+        preset=True,
+        help="Length of the probe, at the checkpoint's own image size; scaled with √(number of latent values).",
+    )
+    steps: int | None = _setting(
+        None,
+        label="Adjustments M",
+        low=0,
+        high=50,
+        step=1,
+        methods=_BATCH,
+        preset=True,
+        help="Each costs four network rows an image, forward only.",
+    )
+    tau: float | None = _setting(
+        None,
+        label="Guidance starts at timestep τ",
+        low=0,
+        high=999,
+        step=0.1,
+        methods=_BATCH,
+        preset=True,
+        help="Guidance is off at timesteps above τ, whatever the sampler. 999: guidance from the first step.",
+    )
+    lr: float | None = _setting(
+        None,
+        label="Learning rate",
+        low=0.00001,
+        high=1,
+        step=0.0001,
+        methods=_SAMPLE,
+        preset=True,
+        help="AdamW's learning rate on the noise.",
+    )
+    target: float | None = _setting(
+        None,
+        label="Target magnitude",
+        low=0,
+        high=1000,
+        step=0.01,
+        methods=_SAMPLE,
+        preset=True,
+        help="Stop when ‖Δ‖ is below it. Absolute targets are at the checkpoint's own image size and scaled.",
+    )
+    target_kind: str | None = _setting(
+        None,
+        label="Target is",
+        methods=_SAMPLE,
+        preset=True,
+        choices={"absolute": "absolute", "fraction": "a fraction of the first ‖Δ‖"},
+        help="A fraction suits checkpoints without published numbers.",
+    )
+    max_steps: int = _setting(
+        100,
+        label="Most optimiser steps",
+        low=0,
+        high=1000,
+        step=1,
+        methods=_SAMPLE,
+        help="An image that has not reached the target by then keeps its best noise, and says so.",
+    )
+    weight_decay: float = _setting(
+        0.01,
+        label="Weight decay",
+        low=0,
+        high=1,
+        step=0.005,
+        methods=_SAMPLE,
+        advanced=True,
+        help="Keeps the adjusted noise near its usual length.",
+    )
+    reference: str = _setting(
+        "empty",
+        label="Unconditional branch",
+        advanced=True,
+        choices={"empty": "empty prompt", "negative": "negative prompt"},
+        help="What the prediction is measured against, and what is followed while guidance is off.",
+    )
+    hires: bool = _setting(
+        False,
+        label="Hires second pass too",
+        advanced=True,
+        help="Also adjust the noise that the hires pass adds. Off: only the first pass.",
+    )
+    fail_instead: bool = _setting(
+        False,
+        label="Fail instead of going on without",
+        advanced=True,
+        help="If the adjustment fails, fail the request; else the image comes unmitigated and says so.",
+    )
+
+    def of_method(self) -> dict[str, Any]:
+        """The settings that the chosen method uses, by name."""
+        return {name: getattr(self, name) for name in SPECS if is_used(name, self.method)}
+
+    def resolved(self, preset: str) -> Settings:
+        """These settings with nothing left to a preset.
+
+        `preset` names the numbers for what is not given (a key of `PRESET_VALUES`); ignored where the
+        settings name one themselves.
+        """
+        if self.preset != "auto":
+            preset = self.preset
+        values = dict(PRESET_VALUES["sd1" if preset == "custom" else preset])
+        # A target means something only together with its kind: a preset never completes half of the pair.
+        if self.target is not None:
+            values["target_kind"] = "absolute"
+        elif self.target_kind not in (None, values["target_kind"]):
+            values["target"] = PRESET_VALUES["relative" if self.target_kind == "fraction" else "sd1"]["target"]
+        missing = {name: value for name, value in values.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
+
+    def pinned(self, preset: str) -> Settings:
+        """An equal form that means the same on any checkpoint, for metadata.
+
+        Settings that follow a preset throughout stay as they are. Where a value differs from the preset's, all
+        of the method's values are spelled out under "custom".
+        """
+        resolved = self.resolved(preset)
+        if self.preset != "custom":
+            nothing: dict[str, Any] = {name: None for name in SPECS if SPECS[name].preset}
+            plain = dataclasses.replace(self, **nothing)
+            if plain.resolved(preset) == resolved:
+                return plain
+        return dataclasses.replace(resolved, preset="custom")
+
+
+SPECS: dict[str, Spec] = {f.name: f.metadata["spec"] for f in fields(Settings)}
+DEFAULTS = Settings()
+
+SIGMA_MAX = 14.6146
+"""Of SD's noise schedule, t = 999: the scale of the latents that an Euler sampler starts from."""
+
+PRESET_VALUES: dict[str, dict[str, Any]] = {
+    # Appendix B, DDIM.
+    "sd1": {
+        "gamma": 0.7, "rho": 50.0, "steps": 2, "tau": 900.0,
+        "lr": 0.01, "target": 0.9, "target_kind": "absolute",
+    },
+    # Appendix B, Euler. Inferred, not published: γ̃, ρ and lr act on latents scaled by σ_max and on v, so they are
+    # divided by it here (γ̃ on ε is then 0.7, SD1.4's very value); targets are in v, of which the paper sweeps
+    # 5…20 and names no default.
+    "sd2_v": {
+        "gamma": round(0.7 / SIGMA_MAX, 4), "rho": round(30 / SIGMA_MAX, 4), "steps": 4, "tau": 917.449,
+        "lr": round(0.1 / SIGMA_MAX, 5), "target": 10.0, "target_kind": "absolute",
+    },
+    # Checkpoints without published numbers (SDXL): SD1.4's, but the target relative to what the image starts from.
+    "relative": {
+        "gamma": 0.7, "rho": 50.0, "steps": 2, "tau": 900.0,
+        "lr": 0.01, "target": 0.5, "target_kind": "fraction",
+    },
+}  # fmt: skip
+
+REFERENCE_SIZE = {"eps": 4 * 64 * 64, "v": 4 * 96 * 96}
+"""d = C·H·W of the latents that the published values belong to: SD1 at 512 px, SD2 v at 768 px."""
+
+
+def preset_for(*, parameterization: str, family: str) -> str:
+    """The preset that "auto" stands for: `family` is "sd1", "sd2" or anything else."""
+    if parameterization == "v":
+        return "sd2_v"
+    return "sd1" if family in ("sd1", "sd2") else "relative"
+
+
+def size_factor(d: int, parameterization: str) -> float:
+    """√(d/d_ref), by which ρ and an absolute target scale: ‖Δ‖ and ‖x‖ both grow with √d."""
+    return math.sqrt(d / REFERENCE_SIZE["v" if parameterization == "v" else "eps"])
+
+
+# Types and validation
+
+_TYPES = {"bool": bool, "int": int, "float": float, "str": str}
+
+
+def type_of(name: str) -> type:
+    """bool, int, float or str: the type of a setting's value where one is given."""
+    annotation = str(Settings.__dataclass_fields__[name].type)
+    return _TYPES[annotation.removesuffix(" | None")]
+
+
+def is_used(name: str, method: str) -> bool:
+    return not SPECS[name].methods or method in SPECS[name].methods
+
+
+def requirement(name: str) -> str:
+    """What a value of this setting must be, in words."""
+    spec, kind = SPECS[name], type_of(name)
+    if spec.choices is not None:
+        return "one of " + ", ".join(spec.choices)
+    if kind is bool:
+        return "true or false"
+    return f"{'a whole number' if kind is int else 'a number'} from {spec.low:g} to {spec.high:g}"
+
+
+def check(name: str, value: Any) -> Any:
+    """The value in the setting's own type.
+
+    Raises:
+        SettingError: unknown name, wrong type, null, not finite, out of bounds, unknown choice.
+    """
+    if name not in SPECS:
+        raise SettingError(f"memnoise has no setting {name!r}; it has {', '.join(SPECS)}.")
+    spec, kind = SPECS[name], type_of(name)
+    ok: bool
+    if spec.choices is not None:
+        ok = isinstance(value, str) and value in spec.choices
+    elif kind is bool:
+        ok = isinstance(value, bool)
+    else:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        ok = number and spec.low is not None and spec.high is not None and spec.low <= value <= spec.high
+        if ok and kind is int:
+            ok = float(value).is_integer()
+        if ok:
+            value = kind(value)
+    if not ok:
+        raise SettingError(f"memnoise: {name} = {_shown(value)} is not valid; it must be {requirement(name)}.")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else value if isinstance(value, str) else repr(value)
+    text = json.dumps(text, ensure_ascii=False) if isinstance(value, str) else text
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def from_mapping(given: Mapping[str, Any]) -> Settings:
+    """Validated settings from names and values; missing names take the defaults.
+
+    Raises:
+        SettingError: see `check`; also a setting that the chosen method does not use.
+    """
+    for name in given:
+        if not isinstance(name, str):
+            raise SettingError(f"memnoise has no setting {name!r}; it has {', '.join(SPECS)}.")
+    settings = Settings(**{name: check(name, value) for name, value in given.items()})
+    for name in given:
+        if not is_used(name, settings.method):
+            owners = " and ".join(SPECS[name].methods)
+            raise SettingError(
+                f"memnoise: {name} = {_shown(given[name])} belongs to the method {owners}, "
+                f"but the method is {settings.method}."
+            )
+    return settings
+
+
+def from_text(name: str, text: Any) -> Any:
+    """A setting's value from the text that infotext or a plot axis holds.
+
+    Raises:
+        SettingError: the text is no valid value.
+    """
+    kind = type_of(name) if name in SPECS else str
+    value: Any = text
+    if isinstance(text, str):
+        text = text.strip()
+        value = text
+        try:
+            if kind is bool:
+                value = {"true": True, "false": False}[text.lower()]
+            elif kind in (int, float):
+                value = float(text)
+        except (KeyError, ValueError):
+            pass
+    return check(name, value)
+
+
+# Infotext
+
+INFOTEXT = "Memnoise"
+"""The key whose presence says that an image was made with memnoise; its value is the method."""
+
+
+def infotext_key(name: str) -> str:
+    return INFOTEXT if name == "method" else f"{INFOTEXT} {name.replace('_', ' ')}"
+
+
+def to_infotext(settings: Settings) -> dict[str, Any]:
+    """Infotext of enabled settings: the method, and what differs from the defaults."""
+    text: dict[str, Any] = {INFOTEXT: settings.method}
+    for name, value in settings.of_method().items():
+        if name not in ("enabled", "method") and value != getattr(DEFAULTS, name):
+            text[infotext_key(name)] = value
+    return text
+
+
+def from_infotext(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Settings that a picture's infotext names, and a sentence for each that cannot be read.
+
+    An infotext without memnoise gives `{"enabled": False}`.
+    """
+    if INFOTEXT not in params:
+        return {"enabled": False}, []
+    given: dict[str, Any] = {"enabled": True}
+    problems = []
+    for name in SPECS:
+        key = infotext_key(name)
+        if name == "enabled" or key not in params:
+            continue
+        try:
+            given[name] = from_text(name, params[key])
+        except SettingError as error:
+            problems.append(str(error))
+    return given, problems
+
+
+# JSON Schema
+
+
+def json_schema() -> dict[str, Any]:
+    """The settings as a JSON Schema document (draft 2020-12)."""
+    kinds = {bool: "boolean", int: "integer", float: "number", str: "string"}
+    properties: dict[str, Any] = {}
+    for name, spec in SPECS.items():
+        entry: dict[str, Any] = {"type": kinds[type_of(name)], "title": spec.label, "description": spec.help}
+        if spec.choices is not None:
+            entry["enum"] = list(spec.choices)
+        if spec.low is not None:
+            entry |= {"minimum": spec.low, "maximum": spec.high}
+        if getattr(DEFAULTS, name) is not None:
+            entry["default"] = getattr(DEFAULTS, name)
+        if spec.preset:
+            entry["x-presets"] = {preset: values[name] for preset, values in PRESET_VALUES.items()}
+        if spec.methods:
+            entry["x-methods"] = list(spec.methods)
+        entry["x-infotext"] = infotext_key(name)
+        properties[name] = entry
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "memnoise settings",
+        "description": "Second element of alwayson_scripts.memnoise.args, after the enabled flag. A setting "
+        "without a default takes its value from the preset (x-presets).",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }

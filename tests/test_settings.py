@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib_memnoise.mitigations import METHODS
+from lib_memnoise.settings import (
+    DEFAULTS,
+    PRESET_VALUES,
+    SPECS,
+    SettingError,
+    Settings,
+    check,
+    from_infotext,
+    from_mapping,
+    from_text,
+    is_used,
+    json_schema,
+    preset_for,
+    requirement,
+    size_factor,
+    to_infotext,
+    type_of,
+)
+
+
+def valid(name: str) -> st.SearchStrategy[Any]:
+    spec, kind = SPECS[name], type_of(name)
+    if spec.choices is not None:
+        return st.sampled_from(list(spec.choices))
+    if kind is bool:
+        return st.booleans()
+    assert spec.low is not None and spec.high is not None
+    return st.integers(int(spec.low), int(spec.high)) if kind is int else st.floats(spec.low, spec.high)
+
+
+@st.composite
+def mappings(draw: st.DrawFn) -> dict[str, Any]:
+    method = draw(st.sampled_from(list(METHODS)))
+    names = [n for n in SPECS if n not in ("method", "enabled") and is_used(n, method)]
+    chosen = draw(st.lists(st.sampled_from(names), unique=True))
+    return {"enabled": True, "method": method, **{name: draw(valid(name)) for name in chosen}}
+
+
+@given(mappings(), st.sampled_from(list(PRESET_VALUES)))
+def test_infotext_restores_the_settings(given_: dict[str, Any], preset: str) -> None:
+    settings = from_mapping(given_)
+    text = {key: str(value) for key, value in to_infotext(settings.pinned(preset)).items()}
+    read, problems = from_infotext(text)
+    assert problems == []
+    again = from_mapping(read)
+
+    def used(s: Settings) -> dict[str, Any]:
+        values = s.resolved(preset).of_method()
+        return {name: value for name, value in values.items() if name != "preset"}
+
+    assert used(again) == used(settings)
+    # spelled-out values mean the same on any checkpoint
+    if again.preset == "custom":
+        assert used(again) == {n: v for n, v in again.resolved("relative").of_method().items() if n != "preset"}
+
+
+@given(mappings())
+def test_everything_accepted_satisfies_the_published_schema(given_: dict[str, Any]) -> None:
+    from_mapping(given_)
+    jsonschema.validate(given_, json_schema())
+
+
+def test_the_schema_is_a_schema_and_names_every_setting() -> None:
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+    assert list(json_schema()["properties"]) == [field.name for field in dataclasses.fields(Settings)] == list(SPECS)
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf, [], {}, "x", object(), -1e9, 1e9, 2**70])
+def test_bad_values_name_the_setting_the_value_and_the_bounds(name: str, value: Any) -> None:
+    with pytest.raises(SettingError) as error:
+        check(name, value)
+    sentence = str(error.value)
+    assert sentence.startswith(f"memnoise: {name} = ") and requirement(name) in sentence
+    assert sentence.count("\n") == 0 and len(sentence) < 400
+
+
+@pytest.mark.parametrize("name", [n for n in SPECS if type_of(n) in (int, float)])
+def test_booleans_are_not_numbers_and_bounds_are_inclusive(name: str) -> None:
+    with pytest.raises(SettingError):
+        check(name, True)
+    assert check(name, SPECS[name].low) == SPECS[name].low
+    assert check(name, SPECS[name].high) == SPECS[name].high
+
+
+def test_other_mistakes() -> None:
+    with pytest.raises(SettingError, match=r"no setting 'taw'; it has enabled, method"):
+        from_mapping({"taw": 900})
+    with pytest.raises(SettingError, match=r"lr = 0.1 belongs to the method per_sample, but the method is batch_wise"):
+        from_mapping({"lr": 0.1})
+    with pytest.raises(SettingError, match=r'method = "wise" is not valid; it must be one of batch_wise, per_sample'):
+        from_mapping({"method": "wise"})
+    with pytest.raises(SettingError, match=r"steps = 1\.5"):
+        from_mapping({"steps": 1.5})
+    with pytest.raises(SettingError, match="has no setting 3"):
+        from_mapping({3: 3})  # type: ignore[dict-item]
+
+
+def test_text() -> None:
+    assert from_text("tau", " 917.449 ") == 917.449
+    assert from_text("hires", "False") is False and from_text("hires", "true") is True
+    assert from_text("steps", "4") == 4 and isinstance(from_text("steps", "4.0"), int)
+    for name, text in (("hires", "yes"), ("tau", "abc"), ("steps", "1.5"), ("tau", "nan"), ("method", "")):
+        with pytest.raises(SettingError, match=name):
+            from_text(name, text)
+
+
+def test_malformed_infotext_is_reported_not_raised() -> None:
+    given_, problems = from_infotext({"Memnoise": "batch_wise", "Memnoise gamma": "abc", "Memnoise tau": "880"})
+    assert given_ == {"enabled": True, "method": "batch_wise", "tau": 880.0}
+    assert problems == ['memnoise: gamma = "abc" is not valid; it must be a number from 0 to 10.']
+    assert from_infotext({"Steps": "20"}) == ({"enabled": False}, [])
+
+
+def test_only_what_differs_is_written() -> None:
+    assert to_infotext(from_mapping({"enabled": True}).pinned("sd1")) == {"Memnoise": "batch_wise"}
+    assert to_infotext(from_mapping({"tau": 900, "gamma": 0.7}).pinned("sd1")) == {"Memnoise": "batch_wise"}
+    text = to_infotext(from_mapping({"tau": 880}).pinned("sd1"))
+    assert text["Memnoise preset"] == "custom" and text["Memnoise tau"] == 880
+
+
+def test_presets_are_the_papers() -> None:
+    sd1 = DEFAULTS.resolved("sd1")
+    assert (sd1.gamma, sd1.rho, sd1.steps, sd1.tau, sd1.lr, sd1.target) == (0.7, 50, 2, 900, 0.01, 0.9)
+    sd2 = DEFAULTS.resolved("sd2_v")
+    assert (sd2.steps, sd2.tau) == (4, 917.449)
+    assert preset_for(parameterization="eps", family="sd1") == preset_for(parameterization="eps", family="sd2") == "sd1"
+    assert preset_for(parameterization="v", family="sd2") == "sd2_v"
+    assert preset_for(parameterization="eps", family="sdxl") == "relative"
+    for values in PRESET_VALUES.values():
+        for name, value in values.items():
+            assert check(name, value) == value
+
+
+def test_a_target_and_its_kind_go_together() -> None:
+    sdxl = from_mapping({"method": "per_sample", "target": 0.9}).resolved("relative")
+    assert (sdxl.target, sdxl.target_kind) == (0.9, "absolute")
+    sd1 = from_mapping({"method": "per_sample", "target_kind": "fraction"}).resolved("sd1")
+    assert (sd1.target, sd1.target_kind) == (0.5, "fraction")
+    both = from_mapping({"method": "per_sample", "target_kind": "fraction", "target": 0.3}).resolved("sd1")
+    assert (both.target, both.target_kind) == (0.3, "fraction")
+
+
+def test_size_factor() -> None:
+    assert size_factor(16384, "eps") == 1 and size_factor(36864, "v") == 1
+    assert size_factor(1024, "eps") == 0.25
