@@ -1,0 +1,1 @@
+"""Nothing to install: memnoise uses only what the WebUI brings."""

@@ -1,0 +1,1 @@
+"""Everything that imports a WebUI's `modules.*`, and nothing else does."""

@@ -1,0 +1,269 @@
+"""The generation's course through AUTOMATIC1111's hooks: settings in, adjusted noise, what happened out.
+
+State belongs to the processing object: the `Generation` is `p.memnoise`, the `Gate` sits on the pass's own
+denoiser. What the host swallows (exceptions in script hooks) is turned into a failing request or into metadata.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from modules import devices, errors, sd_models, shared
+from torch import Tensor
+
+from lib_memnoise.generation import REPORT_KEYS, Generation, ImageReport, report_infotext
+from lib_memnoise.guidance import guidance_off
+from lib_memnoise.host.arguments import Refusal
+from lib_memnoise.host.gate import Gate
+from lib_memnoise.host.predictor import Cond, Interrupted, Unsupported, empty_prompt, make_predictor
+from lib_memnoise.mitigations import METHODS
+from lib_memnoise.mitigations.outcome import Outcome, run
+from lib_memnoise.settings import INFOTEXT, Settings, preset_for, to_infotext
+
+GATE = "memnoise_gate"
+
+
+def begin(p: Any, settings: Settings | Refusal) -> None:
+    """`before_process`: start from a clean slate, and refuse bad settings before anything is sampled."""
+    for key in [key for key in p.extra_generation_params if key.split(" ")[0] == INFOTEXT]:
+        del p.extra_generation_params[key]  # X/Y/Z cells share this dict
+    p.memnoise = None
+    if isinstance(settings, Refusal):
+        refuse(p, settings)
+    elif settings.enabled:
+        p.memnoise = Generation(settings)
+
+
+def refuse(p: Any, refusal: Exception) -> None:
+    """Make the request fail with this sentence: the host would swallow it if it were raised from here."""
+
+    def init(*args: Any, **kwargs: Any) -> None:
+        raise refusal
+
+    p.init = init
+
+
+def describe(p: Any) -> None:
+    """`process`: the checkpoint is loaded by now, so settings that follow it can be resolved and written down."""
+    generation: Generation | None = getattr(p, "memnoise", None)
+    if generation is None:
+        return
+    if getattr(shared.opts, "memnoise_fail_instead", False):
+        generation.fail_instead = True
+    generation.preset = checkpoint_preset()
+    p.extra_generation_params.update(to_infotext(generation.settings.pinned(generation.preset)))
+    for key in REPORT_KEYS:
+        key = f"{INFOTEXT} {key}"
+        p.extra_generation_params[key] = _infotext_value(generation, key)
+
+
+def _infotext_value(generation: Generation, key: str) -> Any:
+    def value(p: Any, index: int, use_main_prompt: bool = False, **_: Any) -> Any:
+        # `index` counts within the batch; a grid stands for the first image of all.
+        place = (0, 0) if use_main_prompt else (p.iteration, index)
+        report = generation.images.get(place)
+        return None if report is None else report_infotext(report)[key]
+
+    return value
+
+
+def checkpoint_preset() -> str:
+    model = shared.sd_model
+    family = "sd1" if getattr(model, "is_sd1", False) else "sd2" if getattr(model, "is_sd2", False) else "other"
+    return preset_for(parameterization=parameterization(), family=family)
+
+
+def parameterization() -> str:
+    return "v" if shared.sd_model.parameterization == "v" else "eps"
+
+
+def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
+    """`process_before_every_sampling`: adjust the noise in place and hold guidance back for this pass."""
+    generation: Generation | None = getattr(p, "memnoise", None)
+    if generation is None or (p.is_hr_pass and not generation.settings.hires):
+        return
+    reports = [generation.image(p.iteration, place) for place in range(noise.shape[0])]
+    empty = EmptyPrompt(p)
+    try:
+        raise_if_unsupported(generation.settings)
+        settings = generation.settings.resolved(generation.preset)
+        with left_as_it_was(p), network_ready(settings):
+            predictor = make_predictor(p, x, c, uc, reference=settings.reference, reports=reports, empty=empty)
+            outcome = run(noise, predictor, settings, parameterization=parameterization())
+    except Interrupted:
+        for report in reports:
+            report.note("interrupted before the noise was adjusted")
+    except Exception as error:
+        fail(p, generation, reports, error)
+    else:
+        noise.copy_(outcome.x)
+        t = predictor.step.t
+        tau = settings.tau if METHODS[settings.method].holds_guidance else None
+        for report in reports:
+            report.used = {**outcome.used, "T": t}
+            if tau is not None and tau < 999 and not guidance_off(t, tau):
+                report.note(f"guidance is never off: the first timestep {t:g} is not above tau {tau:g}")
+        fill_reports(reports, outcome)
+        gate = Gate(
+            p,
+            p.sampler.model_wrap_cfg,
+            reports=reports,
+            tau=tau,
+            reference=settings.reference,
+            empty=empty,
+            expected_t=t,
+            fail_instead=generation.fail_instead,
+        )
+        setattr(p.sampler.model_wrap_cfg, GATE, gate)
+        if generation.fail_instead and outcome.failed:
+            fail_sampling(p, RuntimeError(next(iter(outcome.failed.values()))))
+
+
+def fill_reports(reports: list[ImageReport], outcome: Outcome) -> None:
+    for name in ("before", "after", "steps", "norm"):
+        values = getattr(outcome, name)
+        if values is not None:
+            for report, value in zip(reports, values.tolist()):
+                setattr(report, name, value)
+    for image, notes in outcome.notes.items():
+        for note in notes:
+            reports[image].note(note)
+    for image, reason in outcome.failed.items():
+        reports[image].failed = reason
+
+
+def fail(p: Any, generation: Generation, reports: list[ImageReport], error: Exception) -> None:
+    """The image comes without mitigation and says why, or the request fails if that was asked for."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        reason = "out of memory while adjusting the noise"
+    if not isinstance(error, Unsupported):
+        errors.report("memnoise: the noise could not be adjusted", exc_info=True)
+    for report in reports:
+        report.failed = reason
+    devices.torch_gc()
+    if generation.fail_instead:
+        fail_sampling(p, RuntimeError(f"memnoise: {reason}"))
+
+
+def fail_sampling(p: Any, error: Exception) -> None:
+    """Fail the request when the host starts to sample; it would swallow the exception if it were raised here."""
+
+    def sample(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    p.sampler.sample = p.sampler.sample_img2img = sample
+
+
+def raise_if_unsupported(settings: Settings) -> None:
+    model = shared.sd_model
+    if getattr(model, "is_sd3", False) or hasattr(model, "create_denoiser"):
+        raise Unsupported("flow models such as SD3 have no noise prediction that memnoise could adjust")
+    if METHODS[settings.method].needs_gradient and getattr(shared.cmd_opts, "lowvram", False):
+        raise Unsupported(
+            f"{METHODS[settings.method].label} needs gradients, which --lowvram does not allow; use --medvram "
+            "or batch-wise"
+        )
+
+
+class EmptyPrompt:
+    """The empty prompt's condition, encoded at most once for each checkpoint a pass uses."""
+
+    def __init__(self, p: Any) -> None:
+        self.p = p
+        self._model: Any = None
+        self._cond: Cond = None
+
+    def __call__(self) -> Cond:
+        if self._model is not shared.sd_model:
+            self._cond, self._model = empty_prompt(self.p), shared.sd_model
+        return self._cond
+
+
+@contextlib.contextmanager
+def left_as_it_was(p: Any) -> Iterator[None]:
+    """Random state and infotext that evaluating the network touches are for the host to change, not for us.
+
+    An inpainting checkpoint draws from the global generator when its blank image is encoded, and asking a
+    sampler for its schedule writes infotext keys.
+    """
+    params = dict(p.extra_generation_params)
+    device = devices.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            p.extra_generation_params.clear()
+            p.extra_generation_params.update(params)
+            shared.state.textinfo = None
+
+
+@contextlib.contextmanager
+def network_ready(settings: Settings) -> Iterator[None]:
+    """For gradients: weights frozen (only x needs one) and token merging off (its gradient is wrong)."""
+    shared.state.textinfo = "Memnoise: adjusting the noise"
+    if not METHODS[settings.method].needs_gradient:
+        yield
+        return
+    model = shared.sd_model
+    weights = [weight for weight in model.model.parameters() if weight.requires_grad]
+    merging = getattr(model, "applied_token_merged_ratio", 0)
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        sd_models.apply_token_merging(model, 0)
+        yield
+    finally:
+        sd_models.apply_token_merging(model, merging)
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+def on_cfg_denoiser(params: Any) -> None:
+    """Registered once; looks only at the denoiser it is called for."""
+    gate: Gate | None = getattr(getattr(params, "denoiser", None), GATE, None)
+    if gate is not None:
+        gate.begin_step(params)
+
+
+def comment(p: Any, batch_number: int) -> None:
+    """`postprocess_batch`: tell the page what happened."""
+    generation: Generation | None = getattr(p, "memnoise", None)
+    if generation is None:
+        return
+    for place, report in enumerate(generation.batch(batch_number)):
+        image = batch_number * p.batch_size + place + 1
+        for text in ([f"not mitigated: {report.failed}"] if report.failed else []) + report.notes:
+            p.comment(f"Memnoise, image {image}: {text}.")
+        if getattr(shared.opts, "memnoise_page_note", True) and not report.failed:
+            p.comment(f"Memnoise, image {image}: {summary(generation.settings, report)}.")
+
+
+def summary(settings: Settings, report: ImageReport) -> str:
+    parts = [METHODS[settings.method].label.lower()]
+    if report.before is not None:
+        after = "" if report.after is None else f" → {report.after:.4g}"
+        parts.append(f"magnitude {report.before:.4g}{after}")
+    if report.steps is not None:
+        parts.append(f"{report.steps} steps")
+    parts.append(f"{report.forward_rows} network rows")
+    if report.backward_rows:
+        parts.append(f"{report.backward_rows} backward")
+    return ", ".join(parts)
+
+
+def finish(p: Any, processed: Any) -> None:
+    """`postprocess`: the API's info takes lists of plain values where infotext had functions."""
+    generation: Generation | None = getattr(p, "memnoise", None)
+    if generation is None:
+        return
+    places = [divmod(index, p.batch_size) for index in range(len(p.all_seeds or []))]
+    for key in REPORT_KEYS:
+        key = f"{INFOTEXT} {key}"
+        values = [
+            report_infotext(generation.images[place])[key] if place in generation.images else None for place in places
+        ]
+        p.extra_generation_params[key] = values if any(value is not None for value in values) else None

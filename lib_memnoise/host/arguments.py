@@ -1,0 +1,129 @@
+"""From what the host hands a script (page values, an API payload, a plot cell) to validated settings.
+
+Order of precedence: X/Y/Z cell, the API's dict, then infotext and page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import HTTPException
+
+from lib_memnoise.settings import SPECS, SettingError, Settings, check, from_mapping, is_used
+
+PLOT = "memnoise_plot"
+"""Attribute of a plot cell's `p`: what its axes set, by name."""
+
+CONTROLS = tuple(name for name in SPECS if name != "enabled")
+"""The settings that have a control on the page, in order."""
+
+SLOTS = ("enabled", "options", "surplus", *CONTROLS, "unreadable")
+"""The script's arguments. `options` takes the API's dict and `surplus` notices an argument too many; both stay
+empty on the page. `unreadable` holds what a pasted infotext said that could not be read."""
+
+
+class Refusal(HTTPException):
+    """Bad settings: HTTP 422 through the API, and a readable sentence on the page."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(status_code=422, detail=message)
+
+    def __str__(self) -> str:
+        return str(self.detail)
+
+
+def requested(p: Any, args: Sequence[Any]) -> Settings | Refusal:
+    """The settings of one generation, or why they cannot be used."""
+    try:
+        given = from_arguments(args)
+        plot: Mapping[str, Any] = getattr(p, PLOT, {})
+        if plot.get("method", given.get("method")) != given.get("method"):
+            # A plot over methods keeps of the other settings those that the cell's method uses.
+            given = {name: value for name, value in given.items() if is_used(name, plot["method"])}
+        merged = {**given, **plot}
+        if "method" in plot:
+            merged = {name: value for name, value in merged.items() if is_used(name, plot["method"])}
+        return from_mapping(merged)
+    except SettingError as error:
+        return Refusal(str(error))
+
+
+def from_arguments(args: Sequence[Any]) -> dict[str, Any]:
+    """Names and values from the script's arguments (see SLOTS).
+
+    `[true, {…}]` and `[{"enabled": true, …}]` come from the API; a dict alone means enabled unless it says
+    otherwise. Everything else is the page's controls, or the API's infotext written over them.
+
+    Raises:
+        SettingError: arguments of another form.
+    """
+    if len(args) != len(SLOTS):
+        raise SettingError(f"memnoise was given {len(args)} arguments instead of {len(SLOTS)}.")
+    slots = dict(zip(SLOTS, args))
+    first, options = slots["enabled"], slots["options"]
+    if isinstance(first, Mapping):
+        if options not in (None, ""):
+            raise surplus(options)
+        return {"enabled": True, **first}
+    if not isinstance(first, bool):
+        raise SettingError(
+            f"memnoise: the first argument = {_json(first)} is not valid; it must be true, false or a dict of settings."
+        )
+    if isinstance(options, Mapping):
+        if slots["surplus"] not in (None, ""):
+            raise surplus(slots["surplus"])
+        return {"enabled": first, **options}
+    if options not in (None, ""):
+        raise SettingError(
+            f"memnoise: the second argument = {_json(options)} is not valid; it must be a dict of settings."
+        )
+    if slots["surplus"] not in (None, ""):
+        raise surplus(slots["surplus"])
+    if first and slots["unreadable"]:
+        raise SettingError(f"The pasted infotext cannot be used: {slots['unreadable']}")
+    return {"enabled": first, **from_controls(slots)}
+
+
+def from_controls(slots: Mapping[str, Any]) -> dict[str, Any]:
+    """The page's controls: what the chosen method uses, and a preset's values only where it is Custom."""
+    method, preset = check("method", slots["method"]), check("preset", slots["preset"])
+    return {
+        name: slots[name]
+        for name in CONTROLS
+        if is_used(name, method) and (preset == "custom" or not SPECS[name].preset)
+    }
+
+
+def surplus(value: Any) -> SettingError:
+    return SettingError(
+        f"memnoise takes true or false and one dict of settings; the argument {_json(value)} is one too many."
+    )
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class RefusedArguments(tuple):
+    """A request's arguments that cannot be handed to a selectable script.
+
+    X/Y/Z catches what its cells raise, so bad settings would cost it every cell in turn. The host unpacks the
+    arguments just before it runs such a script; that is the one place left where a request really fails.
+    """
+
+    refusal: Refusal
+
+    def __iter__(self) -> Any:
+        raise self.refusal
+
+
+def refuse_before_plot(p: Any, refusal: Refusal) -> None:
+    """`setup`: make a request that runs a selectable script fail before the script starts."""
+    arguments = p.script_args_value
+    if arguments and arguments[0] not in (0, None):
+        refused = RefusedArguments(arguments)
+        refused.refusal = refusal
+        p.script_args_value = refused

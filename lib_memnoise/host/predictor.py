@@ -1,0 +1,254 @@
+"""Δ from the network that the WebUI is about to sample with, at the sampler's own first timestep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from modules import devices, prompt_parser, shared
+from torch import Tensor
+
+from lib_memnoise.generation import ImageReport
+from lib_memnoise.prediction import Delta, magnitude, per_image
+
+Cond = Any
+"""A condition as the host holds it: a tensor `(rows, tokens, width)`, or a dict of tensors (SDXL)."""
+
+
+class Interrupted(Exception):
+    """The user asked to interrupt or skip."""
+
+
+class Unsupported(RuntimeError):
+    """What memnoise cannot work with, in one sentence."""
+
+
+def raise_if_interrupted() -> None:
+    # A direct call of the network bypasses the host's own check.
+    if shared.state.interrupted or shared.state.skipped:
+        raise Interrupted
+
+
+def select_rows(value: Any, rows: Sequence[int]) -> Any:
+    """The given rows of a tensor, or of every tensor in nested lists and dicts."""
+    if isinstance(value, Tensor):
+        return value[list(rows)]
+    if isinstance(value, Mapping):
+        selected = {key: select_rows(entry, rows) for key, entry in value.items()}
+        return prompt_parser.DictWithShape(selected) if hasattr(value, "shape") else selected
+    if isinstance(value, list):
+        return [select_rows(entry, rows) for entry in value]
+    return value
+
+
+def concatenate(conds: Sequence[Cond]) -> Cond:
+    if isinstance(conds[0], Mapping):
+        return prompt_parser.DictWithShape({key: torch.cat([cond[key] for cond in conds]) for key in conds[0]})
+    return torch.cat(list(conds))
+
+
+def tokens(cond: Cond) -> int:
+    return cond.shape[1]
+
+
+def conditioning(text: Cond, image: Tensor, *, unconditional: bool) -> dict[str, Any]:
+    """The condition dict that the host's denoiser gives the network for these rows."""
+    if shared.sd_model.model.conditioning_key == "crossattn-adm":
+        return {"c_crossattn": [text], "c_adm": torch.zeros_like(image) if unconditional else image}
+    if isinstance(text, Mapping):
+        return {**text, "c_concat": [image]}
+    return {"c_crossattn": [text], "c_concat": [image]}
+
+
+def pad_unconditional(denoiser: Any, cond: Cond, uncond: Cond) -> tuple[Cond, Cond]:
+    """Both conditions with the padding that the host's options ask for where their lengths differ."""
+    if tokens(cond) == tokens(uncond):
+        return cond, uncond
+    for option in ("pad_cond_uncond_v0", "pad_cond_uncond"):
+        if getattr(shared.opts, option, False):
+            # The host pads dicts in place; these are copies of the dict, not of the tensors.
+            copies = [prompt_parser.DictWithShape(c) if isinstance(c, Mapping) else c for c in (cond, uncond)]
+            return getattr(denoiser, option)(*copies)
+    return cond, uncond
+
+
+def empty_prompt(p: Any) -> Cond:
+    """One row: the empty prompt, encoded as the host encodes an empty negative prompt (zeroed on SDXL)."""
+    texts = prompt_parser.SdConditioning([""], width=p.width, height=p.height, is_negative_prompt=True)
+    with devices.autocast():
+        schedules = prompt_parser.get_learned_conditioning(shared.sd_model, texts, p.steps)
+    return prompt_parser.reconstruct_cond_batch(schedules, 0)
+
+
+def follows_negative(p: Any, reference: str) -> bool:
+    """Whether the host's own unconditional rows are the wanted ones: asked for, or all prompts are empty."""
+    prompts = p.hr_negative_prompts if p.is_hr_pass else p.negative_prompts
+    return reference == "negative" or all(prompt == "" for prompt in prompts or [""])
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """The sampler's first evaluation: network input `(base + scale · noise) · c_in` at `timestep`."""
+
+    timestep: Tensor
+    """`(1,)`, as the network receives it: T."""
+    scale: float | Tensor
+    c_in: float | Tensor = 1.0
+    base: float | Tensor = 0.0
+    """0 in txt2img; in a second pass the clean latent, scaled as the sampler scales it."""
+
+    @property
+    def t(self) -> float:
+        return float(self.timestep)
+
+    def network_input(self, noise: Tensor) -> Tensor:
+        return (self.base + noise * self.scale) * self.c_in
+
+
+def first_step(p: Any, sampler: Any, x: Tensor) -> FirstStep:
+    """Where this sampler will evaluate the network first, read off the sampler itself.
+
+    `x` is the clean latent in a second pass, the noise in txt2img.
+    """
+    second_pass = p.is_hr_pass
+    steps = (p.hr_second_pass_steps or p.steps) if second_pass else p.steps
+    used = 0
+    if second_pass:
+        from modules import sd_samplers_common
+
+        steps, used = sd_samplers_common.setup_img2img_steps(p, steps)
+
+    if hasattr(sampler, "get_timesteps"):
+        timesteps = sampler.get_timesteps(p, steps).to(x.device)
+        if second_pass:
+            alpha_bar = shared.sd_model.alphas_cumprod[timesteps[used]]
+            return FirstStep(
+                timestep=timesteps[used - 1].float().reshape(1),
+                scale=(1 - alpha_bar).sqrt(),
+                base=x * alpha_bar.sqrt(),
+            )
+        # UniPC has a continuous schedule of its own, whose first timestep is the last of training.
+        first = 999.0 if sampler.config.name == "UniPC" else float(timesteps[-1])
+        return FirstStep(timestep=x.new_full((1,), first), scale=1.0)
+
+    inner = sampler.model_wrap_cfg.inner_model
+    sigmas = sampler.get_sigmas(p, steps)
+    if second_pass:
+        sigmas = sigmas[steps - used - 1 :]
+    start = sigma = sigmas[0].to(x)
+    if second_pass:
+        scale = start
+    else:
+        scale = torch.sqrt(1.0 + start**2.0) if getattr(shared.opts, "sgm_noise_multiplier", False) else start
+        if sampler.config.name in ("DPM fast", "DPM adaptive"):
+            # These two ignore the schedule and start from the model's own largest sigma.
+            sigma = inner.sigmas[-1].to(x)
+    sigma = sigma.reshape(1)
+    return FirstStep(
+        timestep=inner.sigma_to_t(sigma),
+        scale=scale,
+        c_in=per_image(inner.get_scalings(sigma)[-1]),
+        base=x if second_pass else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Δ(x, T) of a batch of unit-variance latents; `select` gives that of some of its images.
+
+    With AND, where a prompt has parts k of weight w_k, Δ = Σ w_k (out(x, T, y_k) − out(x, T, y_null)): the
+    direction that guidance would follow.
+    """
+
+    step: FirstStep
+    parts: list[list[tuple[int, float]]]
+    """For each image, the rows of `cond` that are its prompt, with their weights."""
+    cond: Cond
+    uncond: Cond
+    image_cond: Tensor
+    reports: list[ImageReport]
+
+    def select(self, images: list[int]) -> Delta:
+        return replace(
+            self,
+            parts=[self.parts[i] for i in images],
+            uncond=select_rows(self.uncond, images),
+            image_cond=self.image_cond[images],
+            reports=[self.reports[i] for i in images],
+            step=self.step
+            if not isinstance(self.step.base, Tensor)
+            else replace(self.step, base=self.step.base[images]),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise_if_interrupted()
+        images = range(x.shape[0])
+        owners = [i for i in images for _ in self.parts[i]]
+        cond = select_rows(self.cond, [row for part in self.parts for row, _ in part])
+        inputs = self.step.network_input(x)
+
+        conditional = conditioning(cond, self.image_cond[owners], unconditional=False)
+        unconditional = conditioning(self.uncond, self.image_cond, unconditional=True)
+        if tokens(cond) == tokens(self.uncond) and getattr(shared.opts, "batch_cond_uncond", True):
+            out = self._network(torch.cat([inputs[owners], inputs]), _joined(conditional, unconditional))
+            out_cond, out_uncond = out.split([len(owners), len(images)])
+        else:
+            out_cond = self._network(inputs[owners], conditional)
+            out_uncond = self._network(inputs, unconditional)
+
+        delta = torch.zeros_like(out_uncond)
+        weights = [weight for part in self.parts for _, weight in part]
+        differences = (out_cond - out_uncond[owners]) * per_image(out_uncond.new_tensor(weights))
+        delta = delta.index_add(0, torch.tensor(owners, device=delta.device), differences)
+
+        value = magnitude(delta.detach()).tolist()
+        for report, part, measured in zip(self.reports, self.parts, value):
+            report.forward_rows += len(part) + 1
+            report.before = measured if report.before is None else report.before
+        if delta.requires_grad:
+            delta.register_hook(self._count_backward)
+        return delta
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        raise_if_interrupted()
+        for report, part, norm in zip(self.reports, self.parts, magnitude(gradient).tolist()):
+            if norm:
+                report.backward_rows += len(part) + 1
+
+    def _network(self, inputs: Tensor, cond: dict[str, Any]) -> Tensor:
+        timestep = self.step.timestep.expand(inputs.shape[0])
+        return shared.sd_model.apply_model(inputs, timestep, cond=cond).float()
+
+
+def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: [torch.cat(pair) for pair in zip(value, second[key])]
+        if isinstance(value, list)
+        else torch.cat([value, second[key]])
+        for key, value in first.items()
+    }
+
+
+def make_predictor(
+    p: Any, x: Tensor, c: Any, uc: Any, *, reference: str, reports: list[ImageReport], empty: Callable[[], Cond]
+) -> Predictor:
+    """Δ of the batch that the host is about to sample, under the conditions of its first step."""
+    denoiser = p.sampler.model_wrap_cfg
+    parts, cond = prompt_parser.reconstruct_multicond_batch(c, 0)
+    if follows_negative(p, reference):
+        uncond = prompt_parser.reconstruct_cond_batch(uc, 0)
+    else:
+        uncond = select_rows(empty(), [0] * len(parts))
+    cond, uncond = pad_unconditional(denoiser, cond, uncond)
+    if p.is_hr_pass and shared.sd_model.model.conditioning_key in ("hybrid", "concat"):
+        raise Unsupported("the hires pass of an inpainting checkpoint cannot be adjusted")
+    return Predictor(
+        step=first_step(p, p.sampler, x),
+        parts=parts,
+        cond=cond,
+        uncond=uncond,
+        image_cond=p.txt2img_image_conditioning(x),
+        reports=reports,
+    )

@@ -1,0 +1,150 @@
+"""The accordion, its controls made from the schema, and how infotext fills them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gradio as gr
+from modules import shared
+from modules.ui_components import FormGroup, InputAccordion
+
+from lib_memnoise.host.arguments import CONTROLS, SLOTS
+from lib_memnoise.mitigations import METHODS
+from lib_memnoise.settings import DEFAULTS, PRESET_VALUES, SPECS, from_infotext, type_of
+
+JS = "_js" if gr.__version__.startswith("3.") else "js"
+
+
+def initial(name: str) -> Any:
+    """A control's first value: the setting's default, else SD 1.x's."""
+    value = getattr(DEFAULTS, name)
+    return PRESET_VALUES["sd1"][name] if value is None else value
+
+
+def control(name: str, elem_id: str) -> Any:
+    spec, value = SPECS[name], initial(name)
+    common: dict[str, Any] = {"label": spec.label, "info": spec.help, "elem_id": elem_id, "value": value}
+    if spec.choices is not None:
+        return gr.Dropdown(choices=[(label, key) for key, label in spec.choices.items()], **common)
+    if type_of(name) is bool:
+        return gr.Checkbox(**common)
+    if name == "lr":  # too fine for a slider
+        return gr.Number(**common)
+    return gr.Slider(minimum=spec.low, maximum=spec.high, step=spec.step, **common)
+
+
+def build(elem_id: Callable[[str], str]) -> tuple[list[Any], list[tuple[Any, Any]]]:
+    """The accordion. Returns the components in the order of SLOTS, and what a pasted infotext does to each."""
+    controls: dict[str, Any] = {}
+    with InputAccordion(False, label="Memnoise", elem_id=elem_id("enabled")) as enabled:
+        gr.HTML(f"<div class='memnoise-labels' hidden data-labels='{labels()}'></div>", visible=True)
+        with gr.Row():
+            for name in ("method", "preset"):
+                controls[name] = control(name, elem_id(name))
+        gr.HTML(hints(), elem_classes=["memnoise-hints"])
+        for method in METHODS:
+            own = [name for name in CONTROLS if method in SPECS[name].methods]
+            with FormGroup(elem_classes=["memnoise-part", f"memnoise-{method}"]):
+                for name in own:
+                    if SPECS[name].preset:
+                        controls[name] = control(name, elem_id(name))
+                        controls[name].elem_classes = ["memnoise-custom"]
+                    elif not SPECS[name].advanced:
+                        controls[name] = control(name, elem_id(name))
+        with gr.Accordion("More", open=False, elem_id=elem_id("more")):
+            for name in CONTROLS:
+                if name not in controls:
+                    controls[name] = control(name, elem_id(name))
+                    if SPECS[name].methods:
+                        controls[name].elem_classes = [
+                            "memnoise-part", *(f"memnoise-{method}" for method in SPECS[name].methods)
+                        ]  # fmt: skip
+        unreadable = gr.Textbox(
+            "",
+            label="Pasted settings that could not be read (clear to go on with the values above)",
+            visible=False,
+            elem_id=elem_id("unreadable"),
+        )
+        options = gr.JSON(visible=False, label="options (API: a dict of settings)")
+        surplus = gr.JSON(visible=False, label="(leave empty)")
+
+    chosen = [controls["method"], controls["preset"]]
+    for component in chosen:
+        component.change(fn=None, inputs=chosen, outputs=[], **{JS: "memnoiseShow"})
+
+    slots = {"enabled": enabled, "options": options, "surplus": surplus, "unreadable": unreadable, **controls}
+    restore: list[tuple[Any, Any]] = [(enabled, lambda params: from_infotext(params)[0]["enabled"])]
+    restore += [(controls[name], restorer(name)) for name in CONTROLS]
+    restore.append((unreadable, restore_unreadable))
+    return [slots[name] for name in SLOTS], restore
+
+
+def restorer(name: str) -> Callable[[Mapping[str, Any]], Any]:
+    """A control's value from a picture's infotext; None leaves it alone. Never raises."""
+
+    def restore(params: Mapping[str, Any]) -> Any:
+        given, _ = from_infotext(params)
+        if not given["enabled"]:
+            return None
+        value = given.get(name, initial(name))
+        # The host casts to the type of the first value, through float for whole numbers.
+        return type(initial(name))(value)
+
+    return restore
+
+
+def restore_unreadable(params: Mapping[str, Any]) -> Any:
+    problems = from_infotext(params)[1]
+    return gr.update(value=" ".join(problems), visible=bool(problems))
+
+
+def labels() -> str:
+    """Label to value of the two dropdowns, for the script that shows and hides controls."""
+    return json.dumps(
+        {label: key for name in ("method", "preset") for key, label in (SPECS[name].choices or {}).items()}
+    )
+
+
+def hints() -> str:
+    """A line for each method, and for each preset what it sets; the page's script shows the chosen ones."""
+    lines = [f"<p class='memnoise-part memnoise-{name}'>{method.help}</p>" for name, method in METHODS.items()]
+    for preset, source in (("auto", "auto"), ("sd1", "sd1"), ("sd2_v", "sd2_v")):
+        for method in METHODS:
+            lines.append(
+                f"<p class='memnoise-preset-hint memnoise-part memnoise-{method} memnoise-preset-{preset}'>"
+                f"{preset_line(source, method)}</p>"
+            )
+    return "".join(lines)
+
+
+def preset_line(preset: str, method: str) -> str:
+    if preset == "auto":
+        return "; ".join(
+            f"{label}: {preset_line(key, method)}"
+            for key, label in (("sd1", "SD 1.x"), ("sd2_v", "SD 2.x v"), ("relative", "others"))
+        )
+    values = PRESET_VALUES[preset]
+    names = [name for name in SPECS if SPECS[name].preset and method in SPECS[name].methods]
+    return ", ".join(f"{name} {values[name]}" for name in names if name != "target_kind") + (
+        " of the first magnitude" if method == "per_sample" and values["target_kind"] == "fraction" else ""
+    )
+
+
+def settings_page() -> None:
+    """`on_ui_settings`."""
+    section = ("memnoise", "Memnoise")
+    for key, default, label, info in (
+        (
+            "memnoise_fail_instead", False, "Fail instead of going on without",
+            "always, whatever a generation asks for: an adjustment that fails makes the request fail",
+        ),
+        (
+            "memnoise_page_note", True, "Say under each picture what memnoise did",
+            "warnings and failures are always shown",
+        ),
+    ):  # fmt: skip
+        shared.opts.add_option(key, shared.OptionInfo(default, label, section=section).info(info))
+        # Else an API request's override_settings would stay set after its call.
+        shared.opts.data.setdefault(key, default)

@@ -1,0 +1,44 @@
+"""Memnoise: the WebUI's entry point. Glue only; the extension is in `lib_memnoise`."""
+
+from modules import script_callbacks, scripts
+
+from lib_memnoise.host import a1111, api, arguments, ui, xyz
+
+
+class Memnoise(scripts.Script):
+    def title(self):
+        return xyz.TITLE
+
+    def show(self, is_img2img):
+        return False if is_img2img else scripts.AlwaysVisible
+
+    def ui(self, is_img2img):
+        components, self.infotext_fields = ui.build(self.elem_id)
+        return components
+
+    def setup(self, p, *args):
+        settings = arguments.requested(p, args)
+        if isinstance(settings, arguments.Refusal):
+            arguments.refuse_before_plot(p, settings)
+
+    def before_process(self, p, *args):
+        a1111.begin(p, arguments.requested(p, args))
+
+    def process(self, p, *args):
+        a1111.describe(p)
+
+    def process_before_every_sampling(self, p, *args, x, noise, c, uc, **kwargs):
+        a1111.adjust_noise(p, x=x, noise=noise, c=c, uc=uc)
+
+    def postprocess_batch(self, p, *args, batch_number, **kwargs):
+        a1111.comment(p, batch_number)
+
+    def postprocess(self, p, processed, *args):
+        a1111.finish(p, processed)
+
+
+xyz.register()
+script_callbacks.on_before_ui(xyz.register)
+script_callbacks.on_ui_settings(ui.settings_page)
+script_callbacks.on_cfg_denoiser(a1111.on_cfg_denoiser)
+script_callbacks.on_app_started(api.register)
