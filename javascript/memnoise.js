@@ -1,7 +1,10 @@
 // Shows the controls of the chosen method and, for the preset "custom", its values; no round trip to the server.
-function memnoiseShow(method, preset) {
+function memnoiseShow(methodLabel, presetLabel) {
     const root = gradioApp().querySelector("#script_memnoise_enabled");
     if (!root) return [];
+    const names = JSON.parse(root.querySelector(".memnoise-labels").dataset.labels);
+    const method = names[methodLabel];
+    const preset = names[presetLabel];
     for (const part of root.querySelectorAll(".memnoise-part")) {
         const shown = part.classList.contains(`memnoise-${method}`) &&
             (!part.classList.contains("memnoise-preset-hint") || part.classList.contains(`memnoise-preset-${preset}`));
@@ -15,9 +18,6 @@ function memnoiseShow(method, preset) {
 
 onUiLoaded(() => {
     // The first values may come from ui-config.json, so they are read off the page.
-    const root = gradioApp().querySelector("#script_memnoise_enabled");
-    if (!root) return;
-    const labels = JSON.parse(root.querySelector(".memnoise-labels").dataset.labels);
-    const value = (name) => labels[root.querySelector(`#script_memnoise_${name} input`).value];
+    const value = (name) => gradioApp().querySelector(`#script_memnoise_${name} input`)?.value;
     memnoiseShow(value("method"), value("preset"));
 });

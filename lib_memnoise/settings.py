@@ -253,6 +253,18 @@ def size_factor(d: int, parameterization: str) -> float:
     return math.sqrt(d / REFERENCE_SIZE["v" if parameterization == "v" else "eps"])
 
 
+def shown(name: str, value: Any) -> Any:
+    """What people see of a value: the label of a choice, else the value itself."""
+    choices = SPECS[name].choices
+    return value if choices is None else choices[value]
+
+
+def from_shown(name: str, label: Any) -> Any:
+    """The value that a label stands for; what is no label is returned as it is, for `check` to judge."""
+    choices = SPECS[name].choices or {}
+    return next((value for value, text in choices.items() if text == label), label)
+
+
 # Types and validation
 
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str}

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from lib_memnoise.settings import SPECS, SettingError, Settings, check, from_mapping, is_used
+from lib_memnoise.settings import SPECS, SettingError, Settings, check, from_mapping, from_shown, is_used
 
 PLOT = "memnoise_plot"
 """Attribute of a plot cell's `p`: what its axes set, by name."""
@@ -88,9 +88,10 @@ def from_arguments(args: Sequence[Any]) -> dict[str, Any]:
 
 def from_controls(slots: Mapping[str, Any]) -> dict[str, Any]:
     """The page's controls: what the chosen method uses, and a preset's values only where it is Custom."""
-    method, preset = check("method", slots["method"]), check("preset", slots["preset"])
+    values = {name: from_shown(name, slots[name]) for name in CONTROLS}
+    method, preset = check("method", values["method"]), check("preset", values["preset"])
     return {
-        name: slots[name]
+        name: values[name]
         for name in CONTROLS
         if is_used(name, method) and (preset == "custom" or not SPECS[name].preset)
     }

@@ -12,7 +12,7 @@ from modules.ui_components import FormGroup, InputAccordion
 
 from lib_memnoise.host.arguments import CONTROLS, SLOTS
 from lib_memnoise.mitigations import METHODS
-from lib_memnoise.settings import DEFAULTS, PRESET_VALUES, SPECS, from_infotext, type_of
+from lib_memnoise.settings import DEFAULTS, PRESET_VALUES, SPECS, from_infotext, shown, type_of
 
 JS = "_js" if gr.__version__.startswith("3.") else "js"
 
@@ -20,14 +20,15 @@ JS = "_js" if gr.__version__.startswith("3.") else "js"
 def initial(name: str) -> Any:
     """A control's first value: the setting's default, else SD 1.x's."""
     value = getattr(DEFAULTS, name)
-    return PRESET_VALUES["sd1"][name] if value is None else value
+    return shown(name, PRESET_VALUES["sd1"][name] if value is None else value)
 
 
 def control(name: str, elem_id: str) -> Any:
     spec, value = SPECS[name], initial(name)
     common: dict[str, Any] = {"label": spec.label, "info": spec.help, "elem_id": elem_id, "value": value}
     if spec.choices is not None:
-        return gr.Dropdown(choices=[(label, key) for key, label in spec.choices.items()], **common)
+        # The labels are the values: gradio 3.41's dropdown knows no others.
+        return gr.Dropdown(choices=list(spec.choices.values()), **common)
     if type_of(name) is bool:
         return gr.Checkbox(**common)
     if name == "lr":  # too fine for a slider
@@ -88,9 +89,8 @@ def restorer(name: str) -> Callable[[Mapping[str, Any]], Any]:
         given, _ = from_infotext(params)
         if not given["enabled"]:
             return None
-        value = given.get(name, initial(name))
         # The host casts to the type of the first value, through float for whole numbers.
-        return type(initial(name))(value)
+        return type(initial(name))(shown(name, given[name]) if name in given else initial(name))
 
     return restore
 
