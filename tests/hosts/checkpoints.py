@@ -37,9 +37,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_checkpoints(
-    folder: Path, webui_dir: Path, python: Path, names: tuple[str, ...] = ()
-) -> dict[str, Path]:
+def make_checkpoints(folder: Path, webui_dir: Path, python: Path, names: tuple[str, ...] = ()) -> dict[str, Path]:
     """Build those of the named checkpoints (default: all) that ``folder`` lacks; return all their files."""
     folder = Path(folder).absolute()
     names = tuple(names) or tuple(CHECKPOINTS)
@@ -47,12 +45,22 @@ def make_checkpoints(
     missing = [name for name, file in files.items() if not file.exists()]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-               "TRANSFORMERS_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         env.pop("PYTHONPATH", None)
         done = subprocess.run(
             [str(python), str(Path(__file__).resolve()), str(webui_dir), str(folder), *missing],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
             check=False,
         )
         if done.returncode:
@@ -97,17 +105,29 @@ def config(name: str, clip: Path) -> dict[str, Any]:
     }
     text = {"version": str(clip), "device": "cpu"}
     if kind.get("sdxl"):
-        unet.update(num_head_channels=32, num_classes="sequential", adm_in_channels=6 * 32,
-                    use_linear_in_transformer=True, spatial_transformer_attn_type="softmax")
+        unet.update(
+            num_head_channels=32,
+            num_classes="sequential",
+            adm_in_channels=6 * 32,
+            use_linear_in_transformer=True,
+            spatial_transformer_attn_type="softmax",
+        )
         sgm = "sgm.modules.diffusionmodules"
         sizes = [
-            {"is_trainable": False, "input_key": key, "params": {"outdim": 32},
-             "target": "sgm.modules.encoders.modules.ConcatTimestepEmbedderND"}
+            {
+                "is_trainable": False,
+                "input_key": key,
+                "params": {"outdim": 32},
+                "target": "sgm.modules.encoders.modules.ConcatTimestepEmbedderND",
+            }
             for key in ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
         ]
-        embedder = {"is_trainable": False, "input_key": "txt",
-                    "target": "sgm.modules.encoders.modules.FrozenCLIPEmbedder",
-                    "params": {**text, "layer": "hidden", "layer_idx": 1}}
+        embedder = {
+            "is_trainable": False,
+            "input_key": "txt",
+            "target": "sgm.modules.encoders.modules.FrozenCLIPEmbedder",
+            "params": {**text, "layer": "hidden", "layer_idx": 1},
+        }
         params: dict[str, Any] = {
             "scale_factor": 0.13025,
             "disable_first_stage_autocast": True,
@@ -121,10 +141,14 @@ def config(name: str, clip: Path) -> dict[str, Any]:
                 },
             },
             "network_config": {"target": f"{sgm}.openaimodel.UNetModel", "params": unet},
-            "conditioner_config": {"target": "sgm.modules.GeneralConditioner",
-                                   "params": {"emb_models": [embedder, *sizes]}},
-            "first_stage_config": {"target": "sgm.models.autoencoder.AutoencoderKLInferenceWrapper",
-                                   "params": autoencoder},
+            "conditioner_config": {
+                "target": "sgm.modules.GeneralConditioner",
+                "params": {"emb_models": [embedder, *sizes]},
+            },
+            "first_stage_config": {
+                "target": "sgm.models.autoencoder.AutoencoderKLInferenceWrapper",
+                "params": autoencoder,
+            },
         }
         return {"model": {"target": "sgm.models.diffusion.DiffusionEngine", "params": params}}
 
@@ -175,13 +199,26 @@ def write_clip(folder: Path) -> Path:
     files = {
         "vocab.json": {word: i for i, word in enumerate(words)},
         "special_tokens_map.json": marks,
-        "tokenizer_config.json": {**marks, "model_max_length": 77, "do_lower_case": True,
-                                  "tokenizer_class": "CLIPTokenizer"},
+        "tokenizer_config.json": {
+            **marks,
+            "model_max_length": 77,
+            "do_lower_case": True,
+            "tokenizer_class": "CLIPTokenizer",
+        },
         "config.json": {
-            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": len(words),
-            "hidden_size": TEXT_WIDTH, "projection_dim": TEXT_WIDTH, "intermediate_size": 2 * TEXT_WIDTH,
-            "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 77,
-            "hidden_act": "quick_gelu", "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end,
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "vocab_size": len(words),
+            "hidden_size": TEXT_WIDTH,
+            "projection_dim": TEXT_WIDTH,
+            "intermediate_size": 2 * TEXT_WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 77,
+            "hidden_act": "quick_gelu",
+            "bos_token_id": end - 1,
+            "eos_token_id": end,
+            "pad_token_id": end,
             "torch_dtype": "float32",
         },
     }
@@ -351,18 +388,27 @@ def build(name: str, folder: Path, clip: Path) -> str:
                     cond["c_concat"] = [torch.cat([torch.ones(4, 1, 16, 16), torch.zeros(4, 4, 16, 16)], 1)]
                 return cond
             size = torch.tensor([[128.0, 128.0]] * 4)
-            return model.conditioner({"txt": [prompt] * 4, "original_size_as_tuple": size,
-                                      "crop_coords_top_left": size * 0, "target_size_as_tuple": size})
+            return model.conditioner(
+                {
+                    "txt": [prompt] * 4,
+                    "original_size_as_tuple": size,
+                    "crop_coords_top_left": size * 0,
+                    "target_size_as_tuple": size,
+                }
+            )
 
         def evaluate(x: Any, cond: dict[str, Any]) -> Any:
             return model.model(x, t, cond) if sdxl else model.model(x, t, **cond)
 
         texts = (condition("a photograph of a cat in the garden"), condition(""))
-        share = _calibrate_unet(unet, evaluate, texts, x, 0.7 if is_v else NETWORK_SHARE,
-                                kind.get("text_share", TEXT_SHARE))
+        share = _calibrate_unet(
+            unet, evaluate, texts, x, 0.7 if is_v else NETWORK_SHARE, kind.get("text_share", TEXT_SHARE)
+        )
         output = evaluate(x, texts[0])
-        line = (f"{name}: output std {output.std():.3f}, text's share {share:.3f}, "
-                f"cosine with x {torch.cosine_similarity(output.flatten(), x.flatten(), 0):.3f}")
+        line = (
+            f"{name}: output std {output.std():.3f}, text's share {share:.3f}, "
+            f"cosine with x {torch.cosine_similarity(output.flatten(), x.flatten(), 0):.3f}"
+        )
 
     file = folder / f"{name}.safetensors"
     partial = folder / f".{name}.partial"

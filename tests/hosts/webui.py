@@ -36,12 +36,15 @@ FLAGS = (
     "--no-download-sd-model",
     "--do-not-download-clip",
     "--no-hashing",
-    "--use-cpu", "all",
+    "--use-cpu",
+    "all",
     "--no-half",
-    "--precision", "full",
+    "--precision",
+    "full",
     "--disable-console-progressbars",
     "--no-prompt-history",
-    "--server-name", "127.0.0.1",
+    "--server-name",
+    "127.0.0.1",
 )
 
 SETTINGS: dict[str, Any] = {
@@ -241,8 +244,16 @@ class WebUI:
 
     def _defaults(self) -> dict[str, Any]:
         """Small and quick unless the test says otherwise."""
-        return {"prompt": "a cat", "negative_prompt": "", "seed": 1, "steps": 5, "width": 64, "height": 64,
-                "sampler_name": "DDIM", "cfg_scale": 5}
+        return {
+            "prompt": "a cat",
+            "negative_prompt": "",
+            "seed": 1,
+            "steps": 5,
+            "width": 64,
+            "height": 64,
+            "sampler_name": "DDIM",
+            "cfg_scale": 5,
+        }
 
     def _request(self, method: str, path: str, **kw: Any) -> httpx.Response:
         assert self._client is not None, "the WebUI is not running"
@@ -265,17 +276,37 @@ class WebUI:
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
 
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-               "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-               "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1", "TMPDIR": str(self.data / "tmp"),
-               "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost",
-               # Its page must not open, and its argument list must be ours alone.
-               "SD_WEBUI_RESTARTING": "1", "COMMANDLINE_ARGS": ""}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "PYTHONUNBUFFERED": "1",
+            "TMPDIR": str(self.data / "tmp"),
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
+            # Its page must not open, and its argument list must be ours alone.
+            "SD_WEBUI_RESTARTING": "1",
+            "COMMANDLINE_ARGS": "",
+        }
         for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
             env.pop(name, None)
         env.update(self.env)
-        command = [str(self.python), "launch.py", "--data-dir", str(self.data),
-                   "--ckpt-dir", str(self.checkpoints), "--port", str(port), *self.args]
+        command = [
+            str(self.python),
+            "launch.py",
+            "--data-dir",
+            str(self.data),
+            "--ckpt-dir",
+            str(self.checkpoints),
+            "--port",
+            str(port),
+            *self.args,
+        ]
         auth = None
         if "--api-auth" in self.args:
             user, _, password = self.args[self.args.index("--api-auth") + 1].split(",")[0].partition(":")
@@ -284,8 +315,14 @@ class WebUI:
         begin = time.perf_counter()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.root, env=env, start_new_session=True, preexec_fn=_die_with_parent,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                command,
+                cwd=self.root,
+                env=env,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
         self._wait_until_up(begin + self.timeout)
         self.start_seconds = time.perf_counter() - begin

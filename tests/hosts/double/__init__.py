@@ -1,0 +1,1 @@
+"""A double of the WebUI's interfaces; `host.Double` is the way in."""

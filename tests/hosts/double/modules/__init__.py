@@ -1,0 +1,1 @@
+"""A double of the WebUI's `modules` package: its interfaces, without its code."""
