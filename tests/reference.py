@@ -32,9 +32,9 @@ def figure_7(
     while True:
         leaf = x.clone().requires_grad_()
         loss = delta(leaf[None]).pow(2).sum().sqrt()
-        first = float(loss) if step == 0 else first
-        if float(loss) < target_loss or step == most:
-            return x, step, first, float(loss)
+        first = loss.item() if step == 0 else first
+        if loss.item() < target_loss or step == most:
+            return x, step, first, loss.item()
         (g,) = torch.autograd.grad(loss, leaf)
         step += 1
         x = x - lr * weight_decay * x

@@ -174,12 +174,14 @@ class EmptyPrompt:
 
     def __init__(self, p: Any) -> None:
         self.p = p
-        self._model: Any = None
+        self._checkpoint: Any = None
         self._cond: Cond = None
 
     def __call__(self) -> Cond:
-        if self._model is not shared.sd_model:
-            self._cond, self._model = empty_prompt(self.p), shared.sd_model
+        # A refiner of the same architecture is loaded into the same model object.
+        checkpoint = (shared.sd_model, shared.sd_model.sd_checkpoint_info)
+        if self._checkpoint != checkpoint:
+            self._cond, self._checkpoint = empty_prompt(self.p), checkpoint
         return self._cond
 
 

@@ -36,7 +36,7 @@ def open_host(kind: str, tmp_path_factory: pytest.TempPathFactory, **kwargs: Any
     return Double(REPOSITORY, "sd1", **kwargs)
 
 
-@pytest.fixture(scope="session", params=HOSTS)
+@pytest.fixture(scope="module", params=HOSTS)
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with open_host(request.param, tmp_path_factory) as host:
         yield host

@@ -40,7 +40,7 @@ def test_every_sampler(studio: Studio, sampler: str) -> None:
     off = studio.run(UNCONDITIONAL, **payload)
     # (DPM adaptive ends on timestep 0, where guidance is on.)
     unguided = studio.run(**payload, cfg_scale=0).pictures[0]
-    assert close(off.pictures[0], unguided) <= (5 if sampler == "DPM adaptive" else ROUNDING)
+    assert close(off.pictures[0], unguided) <= (15 if sampler == "DPM adaptive" else ROUNDING)
     assert close(off.pictures[0], plain.pictures[0]) > 3 * close(off.pictures[0], unguided)
     if sampler != "DPM adaptive":  # which chooses its steps by what it sees
         assert off.number("rows") == nothing.number("rows") / 2

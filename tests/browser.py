@@ -1,0 +1,236 @@
+"""The host's page in headless Chromium: what a person would do there, in short words."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SECONDS = 1000
+PATIENCE = 30 * SECONDS
+
+STAND_INS = """
+function gradioApp() { return document; }
+function onUiLoaded(callback) { (onUiLoaded.waiting ??= []).push(callback); }
+function submit(...values) { return ["task(page)", ...values.slice(1)]; }
+function inputAccordionChecked(id, ticked) {
+    const box = document.getElementById(`${id}-visible-checkbox`);
+    const head = document.querySelector(`#${id} > .label-wrap`);
+    box.checked = ticked;
+    if (head.classList.contains("open") !== ticked) head.click();
+}
+onUiLoaded(() => {
+    for (const accordion of document.querySelectorAll(".input-accordion")) {
+        const value = document.querySelector(`#${accordion.id}-checkbox input`);
+        const box = Object.assign(document.createElement("input"), {
+            type: "checkbox", id: `${accordion.id}-visible-checkbox`, checked: value.checked,
+        });
+        accordion.querySelector(".label-wrap span").prepend(box);
+        box.addEventListener("click", (event) => event.stopPropagation());
+        box.addEventListener("input", () => { if (value.checked !== box.checked) value.click(); });
+    }
+});
+new MutationObserver((_, observer) => {
+    if (!document.getElementById("html_log_txt2img")) return;
+    observer.disconnect();
+    onUiLoaded.waiting.forEach((callback) => callback());
+}).observe(document, { childList: true, subtree: true });
+"""
+"""What the double's page lacks of the host's own scripts, as far as an extension meets them."""
+
+
+def missing(what: str) -> None:
+    """No browser: a reason to skip, but not where the checks are meant to be complete."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what}, which CI needs")
+    pytest.skip(what)
+
+
+def chromium() -> str:
+    named = os.environ.get("CHROMIUM")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None) or named
+    if not found:
+        missing("no chromium, chromium-browser or google-chrome on PATH, and CHROMIUM names none")
+    return str(found)
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Any]:
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        missing("playwright is not installed")
+    executable = chromium()
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+        try:
+            yield running
+        finally:
+            running.close()
+
+
+@contextlib.contextmanager
+def served(app: Any) -> Iterator[str]:
+    """An ASGI application of this process on a free port."""
+    import uvicorn
+
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(64)
+        port = listening.getsockname()[1]
+        # It answers from `listen` on; a connection waits until the server's thread is up.
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.should_exit = server.force_exit = True
+            thread.join(10)
+
+
+class HostPage:
+    """The txt2img tab and the extension's accordion in it.
+
+    `errors` are the page's uncaught exceptions, `calls` its requests that run something on the server.
+    """
+
+    def __init__(self, browser: Any, url: str, *, is_real: bool) -> None:
+        from playwright.sync_api import expect
+
+        expect.set_options(timeout=PATIENCE)
+        self.is_real = is_real
+        self.errors: list[str] = []
+        self.calls: list[str] = []
+        self.page = browser.new_page(viewport={"width": 1400, "height": 1600})
+        self.page.set_default_timeout(PATIENCE)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self._note(request.method, request.url))
+        self.page.on("websocket", lambda socket: self._note("WEBSOCKET", socket.url))
+        self.page.route("**/*", lambda route: self._route(route, url))
+        self.page.goto(url, wait_until="domcontentloaded")
+        # Made when the page is complete, by the host's script and by ours.
+        self.box.wait_for(state="attached")
+        self.accordion.locator(".memnoise-hidden").first.wait_for(state="attached")
+        self.page.wait_for_load_state("networkidle")
+
+    def _note(self, method: str, url: str) -> None:
+        if method == "WEBSOCKET" or any(part in url for part in ("/run/", "/queue/", "/api/")):
+            self.calls.append(f"{method} {url}")
+
+    def _route(self, route: Any, url: str) -> None:
+        request = route.request
+        if not request.url.startswith((url, "data:", "blob:")):
+            route.abort()
+        elif not self.is_real and request.resource_type == "document":
+            scripts = STAND_INS + "".join(
+                path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "javascript").glob("*.js"))
+            )
+            style = (REPOSITORY / "style.css").read_text(encoding="utf-8")
+            answer = route.fetch()
+            head = f"<script>{scripts}</script><style>{style}</style></head>"
+            route.fulfill(response=answer, body=answer.text().replace("</head>", head, 1))
+        else:
+            route.continue_()
+
+    def close(self) -> None:
+        self.page.close()
+
+    # The accordion
+
+    @property
+    def accordion(self) -> Any:
+        return self.page.locator("#script_memnoise_enabled")
+
+    @property
+    def box(self) -> Any:
+        return self.page.locator("#script_memnoise_enabled-visible-checkbox")
+
+    def control(self, name: str) -> Any:
+        return self.page.locator(f"#script_memnoise_{name}")
+
+    def field(self, name: str) -> Any:
+        """Where a control's value is: of a slider its number."""
+        return self.control(name).locator("input:not([type=range]), textarea")
+
+    def open(self) -> None:
+        """Tick the box, which opens the accordion."""
+        self.box.check()
+        self.control("method").wait_for()
+
+    def open_more(self) -> None:
+        self.control("more").locator(".label-wrap").click()
+        self.control("reference").wait_for()
+
+    def choose(self, name: str, label: str) -> None:
+        choose(self.control(name), label)
+
+    def type(self, name: str, value: str) -> None:
+        self.field(name).fill(value)
+        self.field(name).blur()
+
+    # The rest of the tab
+
+    @property
+    def infotext(self) -> Any:
+        return self.page.locator("#html_info_txt2img")
+
+    @property
+    def log(self) -> Any:
+        return self.page.locator("#html_log_txt2img")
+
+    @property
+    def error(self) -> Any:
+        return self.log.locator(".error")
+
+    @property
+    def pictures(self) -> Any:
+        return self.page.locator("#txt2img_gallery img")
+
+    def prompt(self, text: str) -> None:
+        self.page.locator("#txt2img_prompt textarea").fill(text)
+
+    def small(self) -> None:
+        """A picture that is quickly made."""
+        self.prompt("a red fox in the snow")
+        for name, value in (("width", "64"), ("height", "64"), ("steps", "4")):
+            field = self.page.locator(f"#txt2img_{name} input[type=number]")
+            field.fill(value)
+            field.blur()
+
+    def generate(self) -> None:
+        self.page.locator("#txt2img_generate").click()
+
+    def generate_at_once(self) -> None:
+        """As the host's Ctrl+Enter does: the field that is being typed into keeps the focus."""
+        if self.is_real:
+            self.page.keyboard.press("Control+Enter")
+        else:
+            self.page.locator("#txt2img_generate").dispatch_event("click")
+
+    def paste(self, infotext: str) -> None:
+        """Put it into the prompt and press the button that reads it."""
+        self.prompt(infotext)
+        self.page.locator("#tab_txt2img #paste").click()
+
+    def plot(self, axis: str, values: str) -> None:
+        """Set up an X/Y/Z plot of one axis."""
+        choose(self.page.locator("#txt2img_script_container #script_list"), "X/Y/Z plot")
+        choose(self.page.locator("#script_txt2img_xyz_plot_x_type"), axis)
+        self.page.locator("#script_txt2img_xyz_plot_x_values textarea").fill(values)
+
+
+def choose(dropdown: Any, label: str) -> None:
+    from playwright.sync_api import expect
+
+    dropdown.locator("input").click()
+    dropdown.get_by_role("option", name=label, exact=True).click()
+    expect(dropdown.locator("input")).to_have_value(label)

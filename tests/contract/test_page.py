@@ -1,0 +1,264 @@
+"""The page in headless Chromium, of the double and of a real WebUI; and what the paste button does, without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from lib_memnoise.mitigations import METHODS
+from lib_memnoise.settings import PRESETS, SPECS, requirement
+from tests import browser
+from tests.browser import HostPage
+
+PICTURE = "a red fox in the snow\nSteps: 4, Sampler: DDIM, CFG scale: 6, Seed: 7, Size: 64x64"
+PER_SAMPLE = (
+    f"{PICTURE}, Memnoise: per_sample, Memnoise preset: custom, Memnoise lr: 0.02, Memnoise target: 0.5, "
+    "Memnoise target kind: fraction, Memnoise reference: negative"
+)
+MALFORMED = f"{PICTURE}, Memnoise: batch_wise, Memnoise preset: custom, Memnoise gamma: 0.4, Memnoise tau: soon"
+SOON = f'memnoise: tau = "soon" is not valid; it must be {requirement("tau")}.'
+TAU_AXIS = f"[Memnoise] {SPECS['tau'].label}"
+OWN = {
+    method: [name for name, spec in SPECS.items() if method in spec.methods and not spec.advanced] for method in METHODS
+}
+"""The controls that belong to one method, outside "More"."""
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser.browser() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def address(running: Any) -> Iterator[str]:
+    if running.name == "double":
+        pytest.importorskip("uvicorn")
+        with browser.served(running.app) as url:
+            yield url
+    else:
+        yield running.url
+
+
+@pytest.fixture
+def page(chromium: Any, running: Any, address: str) -> Iterator[HostPage]:
+    opened = HostPage(chromium, address, is_real=running.name != "double")
+    yield opened
+    errors = opened.errors
+    opened.close()
+    assert errors == []
+
+
+def expect(locator: Any) -> Any:
+    from playwright.sync_api import expect
+
+    return expect(locator)
+
+
+def check_visible(page: HostPage, method: str, *, custom: bool) -> None:
+    for owner, names in OWN.items():
+        for name in names:
+            visible = owner == method and (custom or not SPECS[name].preset)
+            expect(page.control(name)).to_be_visible(visible=visible)
+
+
+def test_the_accordion_is_there_and_off(page: HostPage) -> None:
+    expect(page.accordion).to_have_count(1)
+    expect(page.accordion).to_be_visible()
+    expect(page.box).not_to_be_checked()
+    expect(page.control("method")).not_to_be_visible()
+    ids = page.accordion.evaluate("root => [root, ...root.querySelectorAll('[id]')].map((node) => node.id)")
+    # gradio numbers what is given no name, and names a dropdown's parts itself.
+    own = {name for name in ids if "memnoise" in name}
+    assert own >= {f"script_memnoise_{name}" for name in SPECS}
+    assert all(name.startswith("script_memnoise_") for name in own)
+    assert page.page.locator("[id*=memnoise]:not([id^=script_memnoise_])").count() == 0
+
+
+def test_only_what_is_used_is_shown(page: HostPage) -> None:
+    page.open()
+    check_visible(page, "batch_wise", custom=False)
+    expect(page.control("unreadable")).not_to_be_visible()
+    page.open_more()
+    expect(page.control("weight_decay")).not_to_be_visible()
+    page.calls.clear()
+
+    page.choose("preset", PRESETS["custom"])
+    check_visible(page, "batch_wise", custom=True)
+    page.choose("method", METHODS["per_sample"].label)
+    check_visible(page, "per_sample", custom=True)
+    expect(page.control("weight_decay")).to_be_visible()
+    page.choose("preset", PRESETS["sd2_v"])
+    check_visible(page, "per_sample", custom=False)
+    hints = page.accordion.locator(".memnoise-hints p:visible")
+    expect(hints).to_have_count(2)
+    expect(hints.nth(1)).to_contain_text("target 10.0")
+    page.choose("method", METHODS["batch_wise"].label)
+    check_visible(page, "batch_wise", custom=False)
+    expect(page.control("weight_decay")).not_to_be_visible()
+    assert page.calls == []
+
+    page.paste(PICTURE)  # the other way round: what does run on the server is noticed
+    expect(page.box).not_to_be_checked()
+    assert page.calls != []
+
+
+def test_generating(page: HostPage) -> None:
+    page.small()
+    page.generate()
+    expect(page.pictures.first).to_be_visible()
+    expect(page.infotext).not_to_contain_text("Memnoise")
+    expect(page.log).not_to_contain_text("Memnoise")
+
+    page.open()
+    page.generate()
+    expect(page.infotext).to_contain_text("Memnoise: batch_wise")
+    expect(page.infotext).not_to_contain_text("Memnoise tau: 500")
+    expect(page.log).to_contain_text("Memnoise, image 1: batch-wise")
+
+    page.choose("preset", PRESETS["custom"])
+    page.type("tau", "500")
+    page.generate()
+    expect(page.infotext).to_contain_text("Memnoise tau: 500")
+    expect(page.infotext).to_contain_text("Memnoise preset: custom")
+    expect(page.error).to_have_count(0)
+
+
+def test_pasting_brings_everything_back(page: HostPage) -> None:
+    page.paste(PER_SAMPLE)
+    expect(page.box).to_be_checked()
+    expect(page.field("method")).to_have_value(METHODS["per_sample"].label)
+    expect(page.field("preset")).to_have_value(PRESETS["custom"])
+    expect(page.field("lr")).to_have_value("0.02")
+    expect(page.field("target")).to_have_value("0.5")
+    expect(page.field("target_kind")).to_have_value((SPECS["target_kind"].choices or {})["fraction"])
+    check_visible(page, "per_sample", custom=True)
+    page.open_more()
+    expect(page.field("reference")).to_have_value((SPECS["reference"].choices or {})["negative"])
+    expect(page.control("weight_decay")).to_be_visible()
+    expect(page.control("unreadable")).not_to_be_visible()
+    page.generate()
+    for text in ("per_sample", "lr: 0.02", "target: 0.5", "target kind: fraction", "reference: negative"):
+        expect(page.infotext).to_contain_text(f"Memnoise{':' if text == 'per_sample' else ''} {text}")
+
+    page.paste(PICTURE)
+    expect(page.box).not_to_be_checked()
+    page.generate()
+    expect(page.infotext).not_to_contain_text("Memnoise")
+    expect(page.pictures.first).to_be_visible()
+
+
+def test_pasting_what_cannot_be_read(page: HostPage) -> None:
+    page.paste(MALFORMED)
+    expect(page.box).to_be_checked()
+    expect(page.control("unreadable")).to_be_visible()
+    expect(page.field("unreadable")).to_have_value(SOON)
+    expect(page.field("gamma")).to_have_value("0.4")
+    check_visible(page, "batch_wise", custom=True)
+    page.generate()
+    expect(page.error).to_contain_text(SOON)
+    expect(page.pictures).to_have_count(0)
+
+    page.type("unreadable", "")
+    page.generate()
+    expect(page.pictures.first).to_be_visible()
+    expect(page.infotext).to_contain_text("Memnoise gamma: 0.4")
+    expect(page.error).to_have_count(0)
+
+
+def test_pasting_again_takes_the_complaint_away(page: HostPage) -> None:
+    page.paste(MALFORMED)
+    expect(page.control("unreadable")).to_be_visible()
+    page.paste(PER_SAMPLE)
+    expect(page.control("unreadable")).not_to_be_visible()
+    expect(page.box).to_be_checked()
+    check_visible(page, "per_sample", custom=True)
+    page.generate()
+    expect(page.infotext).to_contain_text("Memnoise: per_sample")
+
+
+def test_a_bad_value_is_refused_in_a_sentence(page: HostPage) -> None:
+    page.small()
+    page.open()
+    page.choose("preset", PRESETS["custom"])
+    page.choose("method", METHODS["per_sample"].label)
+    page.type("lr", "5")
+    page.generate()
+    expect(page.error).to_contain_text(f"memnoise: lr = 5 is not valid; it must be {requirement('lr')}.")
+    expect(page.pictures).to_have_count(0)
+
+    page.choose("method", METHODS["batch_wise"].label)
+    page.field("tau").fill("5000")  # gradio mends a slider's value once it has lost the focus
+    page.generate_at_once()
+    expect(page.error).to_contain_text(f"memnoise: tau = 5000 is not valid; it must be {requirement('tau')}.")
+    expect(page.pictures).to_have_count(0)
+
+    page.type("tau", "500")
+    page.generate()
+    expect(page.infotext).to_contain_text("Memnoise tau: 500")
+    expect(page.error).to_have_count(0)
+
+
+def test_a_plot(page: HostPage) -> None:
+    page.small()
+    page.open()
+    page.plot(TAU_AXIS, "900,soon")
+    page.generate()
+    expect(page.error).to_contain_text('memnoise: tau = "soon" is not valid')
+    expect(page.pictures).to_have_count(0)
+
+    page.plot(TAU_AXIS, "900,500")
+    page.generate()
+    expect(page.infotext).to_contain_text(f"X Type: {TAU_AXIS}")
+    expect(page.infotext).to_contain_text('X Values: "900,500"')
+    expect(page.pictures.first).to_be_visible()
+    expect(page.error).to_have_count(0)
+
+
+# The double alone, without a browser
+
+
+@pytest.fixture
+def double(running: Any) -> Any:
+    if running.name != "double":
+        pytest.skip("the double's own way to the page")
+    return running
+
+
+def pressed(host: Any, infotext: str, **changed: Any) -> tuple[Any, ...]:
+    """Paste, then Generate: pictures, metadata, infotext, log."""
+    values = {name: value for name, value in host.paste(infotext).items() if "memnoise" in name}
+    small = {"txt2img_width": 64, "txt2img_height": 64, "txt2img_steps": 4, "txt2img_prompt": "a red fox in the snow"}
+    return host.page(**small, **{**values, **changed})
+
+
+def test_pasting_without_a_browser(double: Any) -> None:
+    pasted = double.paste(PER_SAMPLE)
+    assert pasted["script_memnoise_enabled-checkbox"] is True
+    assert pasted["script_memnoise_method"] == METHODS["per_sample"].label
+    assert pasted["script_memnoise_preset"] == PRESETS["custom"]
+    assert pasted["script_memnoise_target"] == 0.5
+    assert pasted["script_memnoise_reference"] == (SPECS["reference"].choices or {})["negative"]
+    assert pasted["script_memnoise_unreadable"] == ""
+    pictures, _, infotext, log = pressed(double, PER_SAMPLE)
+    assert len(pictures) == 1 and "Memnoise: per_sample" in infotext and "Memnoise, image 1: per-sample" in log
+
+    pasted = double.paste(PICTURE)
+    assert {name: value for name, value in pasted.items() if "memnoise" in name} == {
+        "script_memnoise_enabled-checkbox": False,
+        "script_memnoise_unreadable": "",
+    }
+    pictures, _, infotext, _ = pressed(double, PICTURE)
+    assert len(pictures) == 1 and "Memnoise" not in infotext
+
+
+def test_pasting_what_cannot_be_read_without_a_browser(double: Any) -> None:
+    pasted = double.paste(MALFORMED)
+    assert pasted["script_memnoise_enabled-checkbox"] is True
+    assert pasted["script_memnoise_unreadable"] == SOON
+    pictures, *_, log = pressed(double, MALFORMED)
+    assert not pictures and "class='error'" in log and "tau = &quot;soon&quot; is not valid" in log
+    pictures, _, infotext, log = pressed(double, MALFORMED, script_memnoise_unreadable="")
+    assert len(pictures) == 1 and "Memnoise gamma: 0.4" in infotext and "class='error'" not in log
