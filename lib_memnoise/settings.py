@@ -317,7 +317,7 @@ def check(name: str, value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = "null" if value is None else value if isinstance(value, str) else repr(value)
+    text = "null" if value is None else value if isinstance(value, str) else repr(value).removesuffix(".0")
     text = json.dumps(text, ensure_ascii=False) if isinstance(value, str) else text
     return text if len(text) <= 80 else text[:77] + "..."
 

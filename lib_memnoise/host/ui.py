@@ -133,7 +133,7 @@ def preset_line(preset: str, method: str) -> str:
 
 
 def settings_page() -> None:
-    """`on_ui_settings`."""
+    """The options in the host's settings page."""
     section = ("memnoise", "Memnoise")
     for key, default, label, info in (
         (

@@ -26,12 +26,14 @@ def xyz_module() -> Any:
     return None
 
 
-def register() -> None:
-    """Add the axes, once, if the plot script is loaded."""
+def register() -> bool:
+    """Add the axes, once; False if the plot script is not loaded (yet)."""
     module = xyz_module()
-    if module is None or any(option.label.startswith(PREFIX) for option in module.axis_options):
-        return
-    module.axis_options.extend(axis(module, name) for name in SPECS)
+    if module is None:
+        return False
+    if not any(option.label.startswith(PREFIX) for option in module.axis_options):
+        module.axis_options.extend(axis(module, name) for name in SPECS)
+    return True
 
 
 def axis(module: Any, name: str) -> Any:
