@@ -30,12 +30,16 @@ function inputAccordionChecked(id, ticked) {
 onUiLoaded(() => {
     for (const accordion of document.querySelectorAll(".input-accordion")) {
         const value = document.querySelector(`#${accordion.id}-checkbox input`);
+        const head = accordion.querySelector(".label-wrap");
         const box = Object.assign(document.createElement("input"), {
             type: "checkbox", id: `${accordion.id}-visible-checkbox`, checked: value.checked,
         });
-        accordion.querySelector(".label-wrap span").prepend(box);
-        box.addEventListener("click", (event) => event.stopPropagation());
-        box.addEventListener("input", () => { if (value.checked !== box.checked) value.click(); });
+        const tick = () => { if (value.checked !== box.checked) value.click(); };
+        head.querySelector("span").prepend(box);
+        const opening = new MutationObserver(() => { box.checked = head.classList.contains("open"); tick(); });
+        opening.observe(head, { attributes: true, attributeFilter: ["class"] });
+        box.addEventListener("click", (event) => { opening.disconnect(); event.stopPropagation(); });
+        box.addEventListener("input", tick);
     }
 });
 new MutationObserver((_, observer) => {
@@ -97,6 +101,10 @@ def served(app: Any) -> Iterator[str]:
             thread.join(10)
 
 
+def runs_something(url: str) -> bool:
+    return any(part in url for part in ("/run/", "/queue/", "/api/"))
+
+
 class HostPage:
     """The txt2img tab and the extension's accordion in it.
 
@@ -110,21 +118,41 @@ class HostPage:
         self.is_real = is_real
         self.errors: list[str] = []
         self.calls: list[str] = []
+        self._running: list[Any] = []
         self.page = browser.new_page(viewport={"width": 1400, "height": 1600})
         self.page.set_default_timeout(PATIENCE)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", lambda request: self._note(request.method, request.url))
-        self.page.on("websocket", lambda socket: self._note("WEBSOCKET", socket.url))
+        self.page.on("request", lambda request: self._begin(request) if runs_something(request.url) else None)
+        self.page.on("requestfinished", self._end)
+        self.page.on("requestfailed", self._end)
+        self.page.on("websocket", self._begin_queued)
         self.page.route("**/*", lambda route: self._route(route, url))
         self.page.goto(url, wait_until="domcontentloaded")
         # Made when the page is complete, by the host's script and by ours.
         self.box.wait_for(state="attached")
         self.accordion.locator(".memnoise-hidden").first.wait_for(state="attached")
-        self.page.wait_for_load_state("networkidle")
+        self.settle()
 
-    def _note(self, method: str, url: str) -> None:
-        if method == "WEBSOCKET" or any(part in url for part in ("/run/", "/queue/", "/api/")):
-            self.calls.append(f"{method} {url}")
+    def _begin(self, call: Any) -> None:
+        self.calls.append(call.url)
+        self._running.append(call)
+
+    def _begin_queued(self, call: Any) -> None:
+        self._begin(call)
+        call.on("close", self._end)
+
+    def _end(self, call: Any) -> None:
+        if call in self._running:
+            self._running.remove(call)
+
+    def settle(self) -> None:
+        """Wait until nothing that the page called for runs any more."""
+        # gradio asks a server of its own kind for news all the time, so the network is never idle.
+        for _ in range(PATIENCE // 20):
+            self.page.wait_for_timeout(20)
+            if not self._running:
+                return
+        raise TimeoutError(f"still running: {[call.url for call in self._running]}")
 
     def _route(self, route: Any, url: str) -> None:
         request = route.request
@@ -162,9 +190,12 @@ class HostPage:
         return self.control(name).locator("input:not([type=range]), textarea")
 
     def open(self) -> None:
-        """Tick the box, which opens the accordion."""
-        self.box.check()
-        self.control("method").wait_for()
+        """Open the accordion, which ticks its box."""
+        from playwright.sync_api import expect
+
+        self.accordion.locator(".label-wrap").first.click()
+        expect(self.control("method")).to_be_visible()
+        expect(self.box).to_be_checked()
 
     def open_more(self) -> None:
         self.control("more").locator(".label-wrap").click()
@@ -181,11 +212,16 @@ class HostPage:
 
     @property
     def infotext(self) -> Any:
-        return self.page.locator("#html_info_txt2img")
+        return self.page.locator("#html_info_txt2img").first
+
+    @property
+    def metadata(self) -> Any:
+        """The pictures' metadata as JSON, which the page keeps out of sight."""
+        return self.page.locator("#generation_info_txt2img textarea")
 
     @property
     def log(self) -> Any:
-        return self.page.locator("#html_log_txt2img")
+        return self.page.locator("#html_log_txt2img").first
 
     @property
     def error(self) -> Any:
@@ -199,12 +235,14 @@ class HostPage:
         self.page.locator("#txt2img_prompt textarea").fill(text)
 
     def small(self) -> None:
-        """A picture that is quickly made."""
-        self.prompt("a red fox in the snow")
+        """Settings of a picture that is quickly made."""
+        from playwright.sync_api import expect
+
+        # Pasted, since the host's page throws when a size is typed in (with or without extensions).
+        self.paste("a red fox in the snow\nSteps: 4, Sampler: DDIM, CFG scale: 6, Seed: 7, Size: 64x64")
         for name, value in (("width", "64"), ("height", "64"), ("steps", "4")):
-            field = self.page.locator(f"#txt2img_{name} input[type=number]")
-            field.fill(value)
-            field.blur()
+            expect(self.page.locator(f"#txt2img_{name} input[type=number]")).to_have_value(value)
+        expect(self.page.locator("#txt2img_prompt textarea")).to_have_value("a red fox in the snow")
 
     def generate(self) -> None:
         self.page.locator("#txt2img_generate").click()
@@ -232,5 +270,5 @@ def choose(dropdown: Any, label: str) -> None:
     from playwright.sync_api import expect
 
     dropdown.locator("input").click()
-    dropdown.get_by_role("option", name=label, exact=True).click()
+    dropdown.get_by_role("button", name=label, exact=True).click()
     expect(dropdown.locator("input")).to_have_value(label)
