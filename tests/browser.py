@@ -119,12 +119,13 @@ class HostPage:
         self.errors: list[str] = []
         self.calls: list[str] = []
         self._running: list[Any] = []
+        self._answers: list[str] = []
         self.page = browser.new_page(viewport={"width": 1400, "height": 1600})
         self.page.set_default_timeout(PATIENCE)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", lambda request: self._begin(request) if runs_something(request.url) else None)
-        self.page.on("requestfinished", self._end)
-        self.page.on("requestfailed", self._end)
+        self.page.on("requestfinished", lambda request: self._end(request, request.post_data))
+        self.page.on("requestfailed", lambda request: self._end(request, request.post_data))
         self.page.on("websocket", self._begin_queued)
         self.page.route("**/*", lambda route: self._route(route, url))
         self.page.goto(url, wait_until="domcontentloaded")
@@ -139,11 +140,28 @@ class HostPage:
 
     def _begin_queued(self, call: Any) -> None:
         self._begin(call)
-        call.on("close", self._end)
+        sent: list[str] = []
+        call.on("framesent", lambda text: sent.append(str(text)))
+        call.on("close", lambda _: self._end(call, "".join(sent)))
 
-    def _end(self, call: Any) -> None:
+    def _end(self, call: Any, sent: str | None) -> None:
         if call in self._running:
             self._running.remove(call)
+            self._answers.append(sent or "")
+
+    @contextlib.contextmanager
+    def answered(self, mark: str) -> Iterator[None]:
+        """Wait for the server's answer to what is done here; the call is known by a text that it sends.
+
+        The host's page calls for other things meanwhile, such as the number of tokens.
+        """
+        before = sum(mark in sent for sent in self._answers)
+        yield
+        for _ in range(PATIENCE // 20):
+            self.page.wait_for_timeout(20)
+            if sum(mark in sent for sent in self._answers) > before:
+                return
+        raise TimeoutError(f"no answer to {mark!r}")
 
     def settle(self) -> None:
         """Wait until nothing that the page called for runs any more."""
@@ -245,14 +263,16 @@ class HostPage:
         expect(self.page.locator("#txt2img_prompt textarea")).to_have_value("a red fox in the snow")
 
     def generate(self) -> None:
-        self.page.locator("#txt2img_generate").click()
+        with self.answered("task("):
+            self.page.locator("#txt2img_generate").click()
 
     def generate_at_once(self) -> None:
         """As the host's Ctrl+Enter does: the field that is being typed into keeps the focus."""
-        if self.is_real:
-            self.page.keyboard.press("Control+Enter")
-        else:
-            self.page.locator("#txt2img_generate").dispatch_event("click")
+        with self.answered("task("):
+            if self.is_real:
+                self.page.keyboard.press("Control+Enter")
+            else:
+                self.page.locator("#txt2img_generate").dispatch_event("click")
 
     def paste(self, infotext: str) -> None:
         """Put it into the prompt and press the button that reads it."""
@@ -261,8 +281,15 @@ class HostPage:
 
     def plot(self, axis: str, values: str) -> None:
         """Set up an X/Y/Z plot of one axis."""
-        choose(self.page.locator("#txt2img_script_container #script_list"), "X/Y/Z plot")
-        choose(self.page.locator("#script_txt2img_xyz_plot_x_type"), axis)
+        script = self.page.locator("#txt2img_script_container #script_list")
+        kind = self.page.locator("#script_txt2img_xyz_plot_x_type")
+        if script.locator("input").input_value() != "X/Y/Z plot":
+            choose(script, "X/Y/Z plot")
+            kind.wait_for()
+        if kind.locator("input").input_value() != axis:
+            # The host answers a change of axis with new values, which must not overwrite those typed in here.
+            with self.answered(axis) if self.is_real else contextlib.nullcontext():
+                choose(kind, axis)
         self.page.locator("#script_txt2img_xyz_plot_x_values textarea").fill(values)
 
 
