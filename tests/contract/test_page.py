@@ -206,8 +206,6 @@ def test_a_bad_value_is_refused_in_a_sentence(page: HostPage) -> None:
 
 
 def test_a_plot(page: HostPage) -> None:
-    if not page.is_real:
-        pytest.skip("the double draws no plot from its page")
     page.small()
     page.open()
     page.plot(TAU_AXIS, "900,soon")

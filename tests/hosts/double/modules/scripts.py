@@ -361,8 +361,10 @@ class ScriptRunner:
         self.inputs[0] = dropdown
         self.setup_ui_for_section(None, self.selectable_scripts)
 
-        def select(index: int | None) -> list[Any]:
-            return [gr.update(visible=index == i) for i in range(1, len(self.selectable_scripts) + 1)]
+        def select(index: int | None) -> Any:
+            updates = [gr.update(visible=index == i) for i in range(1, len(self.selectable_scripts) + 1)]
+            # gradio takes a list for the value itself where there is only one output
+            return updates[0] if len(updates) == 1 else updates
 
         dropdown.change(fn=select, inputs=[dropdown], outputs=[x.group for x in self.selectable_scripts])
         self.infotext_fields.append((dropdown, lambda x: gr.update(value=x.get("Script", "None"))))
