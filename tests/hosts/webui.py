@@ -333,6 +333,10 @@ class WebUI:
         while time.perf_counter() < deadline:
             if self.process.poll() is not None:
                 raise HostError(f"the WebUI ended with code {self.process.returncode}\n{self.log_tail()}")
+            if "Startup time" not in self.log_text():
+                # A request that comes while the host still adds middleware to its started server kills it.
+                time.sleep(0.2)
+                continue
             try:
                 # The port answers before the model is there; this call waits for the model, and names it.
                 answer = self._client.get("/sdapi/v1/options", timeout=60)
@@ -350,7 +354,7 @@ class WebUI:
         text = self.log_text()
         if "Stable diffusion model failed to load" in text:
             raise HostError(f"{self.checkpoint} failed to load\n{self.log_tail(80)}")
-        return "Model loaded in" in text and "Startup time" in text
+        return "Model loaded in" in text
 
 
 def _die_with_parent() -> None:
