@@ -263,9 +263,8 @@ def finish(p: Any, processed: Any) -> None:
     if generation is None:
         return
     places = [divmod(index, p.batch_size) for index in range(len(p.all_seeds or []))]
+    reports = [report_infotext(generation.images.get(place, ImageReport())) for place in places]
     for key in REPORT_KEYS:
         key = f"{INFOTEXT} {key}"
-        values = [
-            report_infotext(generation.images[place])[key] if place in generation.images else None for place in places
-        ]
+        values = [report[key] for report in reports]
         p.extra_generation_params[key] = values if any(value is not None for value in values) else None

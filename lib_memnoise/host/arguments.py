@@ -37,13 +37,10 @@ class Refusal(HTTPException):
 def requested(p: Any, args: Sequence[Any]) -> Settings | Refusal:
     """The settings of one generation, or why they cannot be used."""
     try:
-        given = from_arguments(args)
         plot: Mapping[str, Any] = getattr(p, PLOT, {})
-        if plot.get("method", given.get("method")) != given.get("method"):
-            # A plot over methods keeps of the other settings those that the cell's method uses.
-            given = {name: value for name, value in given.items() if is_used(name, plot["method"])}
-        merged = {**given, **plot}
+        merged = {**from_arguments(args), **plot}
         if "method" in plot:
+            # A plot over methods keeps of the other settings those that the cell's method uses.
             merged = {name: value for name, value in merged.items() if is_used(name, plot["method"])}
         return from_mapping(merged)
     except SettingError as error:

@@ -43,12 +43,6 @@ def select_rows(value: Any, rows: Sequence[int]) -> Any:
     return value
 
 
-def concatenate(conds: Sequence[Cond]) -> Cond:
-    if isinstance(conds[0], Mapping):
-        return prompt_parser.DictWithShape({key: torch.cat([cond[key] for cond in conds]) for key in conds[0]})
-    return torch.cat(list(conds))
-
-
 def tokens(cond: Cond) -> int:
     return cond.shape[1]
 

@@ -110,11 +110,11 @@ def labels() -> str:
 def hints() -> str:
     """A line for each method, and for each preset what it sets; the page's script shows the chosen ones."""
     lines = [f"<p class='memnoise-part memnoise-{name}'>{method.help}</p>" for name, method in METHODS.items()]
-    for preset, source in (("auto", "auto"), ("sd1", "sd1"), ("sd2_v", "sd2_v")):
+    for preset in ("auto", "sd1", "sd2_v"):
         for method in METHODS:
             lines.append(
                 f"<p class='memnoise-preset-hint memnoise-part memnoise-{method} memnoise-preset-{preset}'>"
-                f"{preset_line(source, method)}</p>"
+                f"{preset_line(preset, method)}</p>"
             )
     return "".join(lines)
 

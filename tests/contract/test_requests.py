@@ -183,8 +183,6 @@ def test_plot_over_methods(studio: Studio) -> None:
 
 
 def test_many_requests_at_once(studio: Studio) -> None:
-    if not studio.is_real:
-        pytest.skip("the double answers one request at a time")
     from concurrent.futures import ThreadPoolExecutor
 
     alone = [studio.run(s).images[0] for s in (None, {}, {"tau": 300})]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import ctypes
-import io
 import json
 import os
 import re
@@ -17,13 +15,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
-from PIL import Image
+
+from tests.hosts.response import Response, read
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -75,40 +72,6 @@ def locate() -> tuple[Path, Path] | None:
         if python is not None and python.exists():
             return root, python
     raise HostError(f"SD_WEBUI_DIR is {root}, but no Python was found for it; set SD_WEBUI_PYTHON")
-
-
-@dataclass
-class Response:
-    """What a generation endpoint answered, whether it succeeded or not."""
-
-    status: int
-    images: list[np.ndarray] = field(default_factory=list, repr=False)
-    """(height, width, 3) uint8 each."""
-    infotexts: list[str] = field(default_factory=list)
-    info: dict[str, Any] = field(default_factory=dict, repr=False)
-    detail: str = ""
-    """What went wrong, in the host's words; empty on success."""
-    seconds: float = 0.0
-    raw: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    @property
-    def image(self) -> np.ndarray:
-        """The only image of a successful answer."""
-        assert self.status == 200, f"{self.status}: {self.detail}"
-        assert len(self.images) == 1, f"{len(self.images)} images"
-        return self.images[0]
-
-
-def encode_image(image: np.ndarray) -> str:
-    """A uint8 array as the base64 text that img2img's ``init_images`` and ``mask`` take."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def decode_image(text: str) -> np.ndarray:
-    data = base64.b64decode(text.split(",", 1)[-1])
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 class WebUI:
@@ -200,17 +163,7 @@ class WebUI:
             raw = answer.json()
         except ValueError:
             raw = {}
-        if not isinstance(raw, dict):
-            raw = {"answer": raw}
-        if answer.status_code != 200:
-            # A refusal has "detail" alone; an exception has its text in "errors" (and detail is often empty).
-            detail = raw.get("detail") or raw.get("errors") or answer.text
-            if not isinstance(detail, str):
-                detail = json.dumps(detail)
-            return Response(answer.status_code, detail=detail, seconds=seconds, raw=raw)
-        info = json.loads(raw.get("info") or "{}")
-        images = [decode_image(text) for text in raw.get("images") or ()]
-        return Response(200, images, list(info.get("infotexts", ())), info, "", seconds, raw)
+        return read(answer.status_code, raw, answer.text, seconds)
 
     def img2img(self, payload: Mapping[str, Any]) -> Response:
         return self.txt2img(payload, path="/sdapi/v1/img2img")

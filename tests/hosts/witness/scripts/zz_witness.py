@@ -10,7 +10,7 @@ import json
 
 import gradio as gr
 import torch
-from modules import prompt_parser, rng, script_callbacks, scripts, shared
+from modules import prompt_parser, rng, scripts, shared
 
 
 def denoised_difference(p, sigma, x_in, c, uc):
@@ -119,10 +119,3 @@ class Witness(scripts.Script):
             p.extra_generation_params["Witness"] = f"{float((difference / x.flatten(1).norm(dim=1)).max()):.3g}"
         weights = list(shared.sd_model.model.parameters())
         p.extra_generation_params["Frozen"] = sum(not weight.requires_grad for weight in weights)
-
-
-def interrupt_guidance(params):
-    """Nothing; a second callback beside memnoise's."""
-
-
-script_callbacks.on_cfg_denoiser(interrupt_guidance)
