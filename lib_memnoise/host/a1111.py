@@ -1,17 +1,21 @@
 """The generation's course through AUTOMATIC1111's hooks: settings in, adjusted noise, what happened out.
 
 State belongs to the processing object: the `Generation` is `p.memnoise`, the `Gate` sits on the pass's own
-denoiser. What the host swallows (exceptions in script hooks) is turned into a failing request or into metadata.
+denoiser. Other extensions generate inside a generation (a detailer's img2img), with the same scripts, arguments and
+infotext, and hand copies of `p` to hooks out of turn: those are left alone. What the host swallows (exceptions in
+script hooks) is turned into a failing request or into metadata.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from modules import devices, errors, sd_models, shared
+from modules import devices, errors, processing, sd_models, shared
 from torch import Tensor
 
 from lib_memnoise.generation import REPORT_KEYS, Generation, ImageReport, report_infotext
@@ -28,13 +32,30 @@ GATE = "memnoise_gate"
 
 def begin(p: Any, settings: Settings | Refusal) -> None:
     """`before_process`: start from a clean slate, and refuse bad settings before anything is sampled."""
+    if is_inside_another() or not isinstance(p, processing.StableDiffusionProcessingTxt2Img):
+        return
     for key in [key for key in p.extra_generation_params if key.split(" ")[0] == INFOTEXT]:
         del p.extra_generation_params[key]  # X/Y/Z cells share this dict
     p.memnoise = None
     if isinstance(settings, Refusal):
         refuse(p, settings)
     elif settings.enabled:
-        p.memnoise = Generation(settings)
+        p.memnoise, p.memnoise_owner = Generation(settings), weakref.ref(p)
+
+
+def is_inside_another() -> bool:
+    """Whether the host is in the middle of a generation, which can only be another one."""
+    frame = sys._getframe()
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_code.co_name == "process_images_inner" and frame.f_globals["__name__"] == "modules.processing":
+            return True
+    return False
+
+
+def generation_of(p: Any) -> Generation | None:
+    """What `begin` began for this very object; a copy's `memnoise` is the original's."""
+    generation: Generation | None = getattr(p, "memnoise", None)
+    return generation if generation is not None and p.memnoise_owner() is p else None
 
 
 def refuse(p: Any, refusal: Exception) -> None:
@@ -48,7 +69,7 @@ def refuse(p: Any, refusal: Exception) -> None:
 
 def describe(p: Any) -> None:
     """`process`: the checkpoint is loaded by now, so settings that follow it can be resolved and written down."""
-    generation: Generation | None = getattr(p, "memnoise", None)
+    generation = generation_of(p)
     if generation is None:
         return
     if getattr(shared.opts, "memnoise_fail_instead", False):
@@ -82,7 +103,7 @@ def parameterization() -> str:
 
 def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
     """`process_before_every_sampling`: adjust the noise in place and hold guidance back for this pass."""
-    generation: Generation | None = getattr(p, "memnoise", None)
+    generation = generation_of(p)
     if generation is None or (p.is_hr_pass and not generation.settings.hires):
         return
     reports = [generation.image(p.iteration, place) for place in range(noise.shape[0])]
@@ -233,7 +254,7 @@ def on_cfg_denoiser(params: Any) -> None:
 
 def comment(p: Any, batch_number: int) -> None:
     """`postprocess_batch`: tell the page what happened."""
-    generation: Generation | None = getattr(p, "memnoise", None)
+    generation = generation_of(p)
     if generation is None:
         return
     for place, report in enumerate(generation.batch(batch_number)):
@@ -259,7 +280,7 @@ def summary(settings: Settings, report: ImageReport) -> str:
 
 def finish(p: Any, processed: Any) -> None:
     """`postprocess`: the API's info takes lists of plain values where infotext had functions."""
-    generation: Generation | None = getattr(p, "memnoise", None)
+    generation = generation_of(p)
     if generation is None:
         return
     places = [divmod(index, p.batch_size) for index in range(len(p.all_seeds or []))]
