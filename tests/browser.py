@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import socket
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SECONDS = 1000
@@ -248,6 +251,13 @@ class HostPage:
     @property
     def pictures(self) -> Any:
         return self.page.locator("#txt2img_gallery img")
+
+    def picture(self) -> np.ndarray:
+        """The first picture's pixels."""
+        fetched = self.pictures.first.evaluate(
+            "async (image) => Array.from(new Uint8Array(await (await fetch(image.src)).arrayBuffer()))"
+        )
+        return np.asarray(Image.open(io.BytesIO(bytes(fetched))).convert("RGB"))
 
     def prompt(self, text: str) -> None:
         self.page.locator("#txt2img_prompt textarea").fill(text)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.settings import PRESETS, SPECS, requirement
 from tests import browser
 from tests.browser import HostPage
+from tests.contract.conftest import Studio
 
 PICTURE = "a red fox in the snow\nSteps: 4, Sampler: DDIM, CFG scale: 6, Seed: 7, Size: 64x64"
 PER_SAMPLE = (
@@ -203,6 +208,45 @@ def test_a_bad_value_is_refused_in_a_sentence(page: HostPage) -> None:
     page.generate()
     expect(page.infotext).to_contain_text("Memnoise tau: 500")
     expect(page.error).to_have_count(0)
+
+
+def test_the_page_and_the_api_at_the_same_moment(page: HostPage, running: Any) -> None:
+    studio = Studio(running)
+    wanted: list[Any] = [None, {"tau": 300}, {"method": "per_sample", "target": 0.8, "target_kind": "fraction"}]
+    alone = [studio.run(settings) for settings in wanted]
+    page.small()
+    page.open()
+    page.choose("preset", PRESETS["custom"])
+
+    def generate(tau: str) -> tuple[np.ndarray, str]:
+        page.type("tau", tau)
+        page.generate()
+        expect(page.infotext).to_contain_text(f"Memnoise tau: {tau}")
+        return page.picture(), json.loads(page.metadata.input_value())["infotexts"][0]
+
+    picture, infotext = generate("500")
+    other, _ = generate("999")
+    assert not np.array_equal(picture, other)
+
+    done = threading.Event()
+
+    def keep_asking(order: list[int]) -> None:
+        """Until the page has its picture."""
+        for which in itertools.cycle(order):
+            run, expected = studio.run(wanted[which]), alone[which]
+            assert np.array_equal(run.images[0], expected.images[0]) and run.infotexts == expected.infotexts
+            if done.is_set():
+                return
+
+    with ThreadPoolExecutor(2) as pool:
+        asking = [pool.submit(keep_asking, order) for order in ([0, 1, 2], [2, 1, 0])]
+        try:
+            together = generate("500")
+        finally:
+            done.set()
+        for answer in asking:
+            answer.result()
+    assert np.array_equal(together[0], picture) and together[1] == infotext
 
 
 def test_a_plot(page: HostPage) -> None:
