@@ -1,4 +1,5 @@
-"""A second extension in the host recomputes the adjusted noise, and breaks the network."""
+"""A second extension in the host recomputes the adjusted noise, also with a LoRA and a textual inversion, and breaks
+the network."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.contract.conftest import HOSTS, Studio, open_host
+from tests.contract.conftest import HOSTS, Run, Studio, open_host
+from tests.hosts.checkpoints import TEXT_WIDTH
 
 WITNESS = Path(__file__).resolve().parents[1] / "hosts" / "witness"
 
@@ -43,6 +45,98 @@ def test_the_noise_is_what_the_paper_says(studio: Studio, model: str, sampler: s
         # Adam divides by the gradient's own size: a rounding error in a tiny one is not tiny any more
         assert witnessed(studio, per_sample, expected, sampler_name=sampler, **payload) < 5e-3
     studio.host.load("sd1")
+
+
+BOTH: list[tuple[dict[str, Any], dict[str, Any], float]] = [
+    ({"tau": 500}, {"gamma": 0.7, "rho": 50, "steps": 2}, 1e-4),
+    ({"method": "per_sample", "lr": 0.02, "target": 0, "max_steps": 4}, {"lr": 0.02, "max_steps": 4}, 5e-3),
+]
+"""Settings of memnoise and of the witness, and how far their noise may lie apart."""
+
+
+@pytest.fixture
+def real(studio: Studio) -> Studio:
+    if not studio.is_real:
+        pytest.skip("the double has no LoRA and no textual inversion")
+    return studio
+
+
+def write_safetensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    header, data = {}, b""
+    for name, value in tensors.items():
+        raw = value.astype("<f4").tobytes()
+        header[name] = {"dtype": "F32", "shape": value.shape, "data_offsets": (len(data), len(data) + len(raw))}
+        data += raw
+    text = json.dumps(header).encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def lora(rank: int = 2) -> dict[str, np.ndarray]:
+    """Of the U-Net's cross-attention and of the text encoder, as strong as the weights that it changes."""
+    outputs = {
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": TEXT_WIDTH,
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k": 2 * TEXT_WIDTH,
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj": TEXT_WIDTH,
+    }
+    random = np.random.default_rng(0)
+    tensors = {}
+    for name, width in outputs.items():
+        tensors[f"{name}.lora_up.weight"] = random.normal(0, 0.5, (width, rank))
+        tensors[f"{name}.lora_down.weight"] = random.normal(0, 0.3, (rank, TEXT_WIDTH))
+        tensors[f"{name}.alpha"] = np.array(float(rank))
+    return tensors
+
+
+def check_with_and_without(
+    studio: Studio, without: Run, numbers: tuple[dict[str, Any], dict[str, Any], float], prompt: str
+) -> None:
+    settings, expected, tolerance = numbers
+    payload = {"prompt": prompt, "batch_size": 2}
+    plain = studio.run(**payload)
+    assert witnessed(studio, settings, expected, **payload) < tolerance
+    run, again = studio.run(settings, **payload), studio.run(settings, **payload)
+    for image in range(2):
+        assert run.read("Memnoise failed", image) is None and run.number("rows", image) > 0
+        for key in ("magnitude", *(["magnitude after"] if "method" in settings else [])):
+            assert run.number(key, image) != pytest.approx(without.number(key, image), rel=1e-2), key
+        assert not np.array_equal(run.pictures[image], plain.pictures[image])
+        assert not np.array_equal(run.pictures[image], without.pictures[image])
+        assert np.array_equal(run.pictures[image], again.pictures[image])
+    assert run.infotexts == again.infotexts
+
+
+@pytest.mark.parametrize("numbers", BOTH, ids=["batch_wise", "per_sample"])
+def test_with_a_lora(real: Studio, numbers: tuple[dict[str, Any], dict[str, Any], float]) -> None:
+    write_safetensors(real.host.data / "models" / "Lora" / "tilt.safetensors", lora())
+    assert real.host.post("/sdapi/v1/refresh-loras").status_code == 200
+    assert "tilt" in [entry["name"] for entry in real.host.get("/sdapi/v1/loras").json()]
+    without = real.run(numbers[0], prompt="a fox", batch_size=2)
+    check_with_and_without(real, without, numbers, "a fox<lora:tilt:1>")
+    # it does not linger
+    after = real.run(numbers[0], prompt="a fox", batch_size=2)
+    assert all(map(np.array_equal, after.pictures, without.pictures)) and after.infotexts == without.infotexts
+
+
+@pytest.mark.parametrize("numbers", BOTH, ids=["batch_wise", "per_sample"])
+def test_with_a_textual_inversion(real: Studio, numbers: tuple[dict[str, Any], dict[str, Any], float]) -> None:
+    file = real.host.data / "embeddings" / "memtok.safetensors"
+
+    def reload() -> None:
+        assert real.host.post("/sdapi/v1/refresh-embeddings").status_code == 200
+        assert ("memtok" in real.host.get("/sdapi/v1/embeddings").json()["loaded"]) == file.exists()
+        real.run(prompt="another")  # the host keeps the last prompt's condition
+
+    prompt = "a memtok fox"
+    reload()
+    without = real.run(numbers[0], prompt=prompt, batch_size=2)
+    write_safetensors(file, {"emb_params": np.random.default_rng(0).normal(0, 0.7, (3, TEXT_WIDTH))})
+    try:
+        reload()
+        check_with_and_without(real, without, numbers, prompt)
+    finally:
+        file.unlink()
+        reload()
 
 
 FAULTS = {
