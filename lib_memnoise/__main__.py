@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from lib_memnoise import __version__
@@ -56,6 +57,14 @@ def demo(arguments: argparse.Namespace) -> None:
         print(table(records))
 
 
+def miniature_train(arguments: argparse.Namespace) -> None:
+    from lib_memnoise.miniature.train import export, train
+
+    train(arguments.folder, processes=arguments.processes)
+    if arguments.export is not None:
+        export(arguments.folder, arguments.export)
+
+
 def parser() -> argparse.ArgumentParser:
     top = Parser(
         prog="python -m lib_memnoise",
@@ -78,6 +87,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--images", type=whole_number(1, 1000), default=8, help="images a prompt (default: 8)")
     command.add_argument("--steps", type=whole_number(2, 1000), default=50, help="DDIM steps (default: 50)")
     command.set_defaults(command=demo)
+
+    text = "the miniature model"
+    miniature = commands.add_parser("miniature", help=text, description=text)
+    parts = miniature.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    text = "train the miniature from its sprites; goes on where it was stopped"
+    command = parts.add_parser("train", help=text, description=text)
+    command.add_argument("folder", type=Path, help="where the work is kept (about 1 GB)")
+    command.add_argument("--processes", type=whole_number(1, 64), default=2, help="one thread each (default: 2)")
+    command.add_argument("--export", type=Path, help="also pack the result into this folder")
+    command.set_defaults(command=miniature_train)
     return top
 
 

@@ -1,0 +1,324 @@
+"""The miniature's files: what the project ships, and what a WebUI loads.
+
+Shipped, in `weights/`: the networks' matrices as 8-bit integers with a scale for every output channel, the text
+encoder's table trimmed to the words it knows, and a manifest with checksums. `expand` makes of it an ordinary SD1
+checkpoint: ldm's names, CLIP's whole table, half precision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from lib_memnoise.miniature import OneSentence
+from lib_memnoise.miniature.architecture import AUTOENCODER, LINEAR_END, LINEAR_START, TEXT, UNET
+from lib_memnoise.miniature.text import CLIP_END, CLIP_TOKENS, UNKNOWN, clip_ids
+
+WEIGHTS = Path(__file__).parent / "weights"
+MANIFEST = "manifest.json"
+VARIANTS = ("eps", "v")
+NAMES = {"eps": "memnoise-miniature", "v": "memnoise-miniature-v"}
+"""Of the checkpoints in a WebUI."""
+SCALE_SUFFIX = "#scale"
+TABLE = "embeddings.token_embedding.weight"
+
+Weights = dict[str, Tensor]
+
+
+class NoVocabulary(OneSentence, FileNotFoundError):
+    """CLIP's vocabulary is not to be found, or is something else."""
+
+
+class NotAWebUI(OneSentence, FileNotFoundError):
+    """The folder named has no WebUI in it."""
+
+
+class Damaged(OneSentence):
+    """A file of the miniature is missing, cut short or not the one the project ships."""
+
+
+def quantise(weights: Weights) -> Weights:
+    """Every matrix in 8 bits with a scale for each output channel, everything else in half precision."""
+    packed = {}
+    for name, value in weights.items():
+        if value.ndim < 2 or value.numel() < 1024:
+            packed[name] = value.half()
+            continue
+        peak = value.float().abs().amax(tuple(range(1, value.ndim)), keepdim=True).clamp(min=1e-8)
+        scale = (peak / 127).half().clamp(min=6e-8)
+        packed[name] = (value.float() / scale.float()).round().clamp(-127, 127).to(torch.int8)
+        packed[name + SCALE_SUFFIX] = scale
+    return packed
+
+
+def restore(packed: Weights) -> Weights:
+    """The weights `quantise` packed, in half precision: what every user of the miniature computes with.
+
+    Rounded to half precision here, so that a WebUI's checkpoint holds these very values.
+    """
+    weights = {}
+    for name, value in packed.items():
+        if name.endswith(SCALE_SUFFIX):
+            continue
+        scale = packed.get(name + SCALE_SUFFIX)
+        weights[name] = value if scale is None else (value.float() * scale.float()).half()
+    return weights
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; it takes the place of `path` if all goes well, and is removed otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o644)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def pack(parts: dict[str, Weights], facts: dict[str, Any], folder: Path = WEIGHTS) -> None:
+    """Write the files the project ships.
+
+    Args:
+        parts: the weights of "autoencoder", "detector" and of each variant ("text." and "unet." in front).
+        facts: what else the manifest says; `scale_factor` is needed.
+    """
+    sums = {}
+    for part, weights in parts.items():
+        # The autoencoder's and the detector's small networks are kept exact.
+        content = quantise(weights) if part in VARIANTS else {name: value.half() for name, value in weights.items()}
+        content = {name: value.contiguous() for name, value in content.items()}
+        with replacing(folder / f"{part}.safetensors") as partial:
+            save_file(content, partial)
+        sums[part] = hashlib.sha256((folder / f"{part}.safetensors").read_bytes()).hexdigest()
+    with replacing(folder / MANIFEST) as partial:
+        partial.write_text(json.dumps({**facts, "sha256": sums}, indent=2) + "\n", encoding="utf-8")
+
+
+def manifest(folder: Path = WEIGHTS) -> dict[str, Any]:
+    """What is shipped: checksums, the latents' scale factor, how it was trained.
+
+    Raises:
+        Damaged: there is none, or it is no manifest.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        sums = content["sha256"]
+        assert float(content["scale_factor"]) > 0 and all(isinstance(value, str) for value in sums.values())
+    except OSError as error:
+        raise Damaged(f"the miniature's {path.name} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, TypeError, KeyError, AssertionError):
+        raise Damaged(f"the miniature's {path} is damaged; install memnoise again.") from None
+    return dict(content)
+
+
+def read(part: str, folder: Path = WEIGHTS) -> Weights:
+    """The weights of one shipped part, in half precision, checked against the manifest.
+
+    Raises:
+        Damaged: the file is missing or has another checksum.
+    """
+    path = folder / f"{part}.safetensors"
+    expected = manifest(folder)["sha256"].get(part)
+    if expected is None:
+        raise Damaged(f"the miniature has no part {part!r}.")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Damaged(f"the miniature's {path} cannot be read: {error.strerror or error}.") from None
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise Damaged(f"the miniature's {path} is damaged ({len(content)} bytes); install memnoise again.")
+    return restore(load(content))
+
+
+def under(prefix: str, weights: Weights) -> Weights:
+    """Those weights whose names begin so, without it."""
+    return {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def expand(variant: str, folder: Path = WEIGHTS) -> Weights:
+    """An ordinary SD1 checkpoint's weights under ldm's names, in half precision.
+
+    Words that the miniature never saw all have the row that it was trained to hear nothing in.
+    """
+    weights = read(variant, folder)
+    text = under("text.", weights)
+    small = text.pop(TABLE)
+    table = small[UNKNOWN].repeat(CLIP_TOKENS, 1)
+    for row, token in enumerate(clip_ids()):
+        if token >= 0:
+            table[token] = small[row]
+    text[TABLE] = table
+    text["embeddings.position_ids"] = torch.arange(TEXT["max_position_embeddings"])[None]
+    result = {f"cond_stage_model.transformer.text_model.{name}": value for name, value in text.items()}
+    result |= {f"first_stage_model.{name}": value for name, value in read("autoencoder", folder).items()}
+    result |= {f"model.diffusion_model.{name}": value for name, value in under("unet.", weights).items()}
+    return {name: value.contiguous() for name, value in result.items()}
+
+
+def config(variant: str, clip: Path, scale_factor: float) -> dict[str, Any]:
+    """The YAML beside the checkpoint: ldm's classes with the miniature's sizes."""
+    params: dict[str, Any] = {
+        "linear_start": LINEAR_START,
+        "linear_end": LINEAR_END,
+        "num_timesteps_cond": 1,
+        "log_every_t": 200,
+        "timesteps": 1000,
+        "first_stage_key": "jpg",
+        "cond_stage_key": "txt",
+        "image_size": 16,
+        "channels": 4,
+        "cond_stage_trainable": False,
+        "conditioning_key": "crossattn",
+        "monitor": "val/loss_simple_ema",
+        "scale_factor": scale_factor,
+        "use_ema": False,
+        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": UNET},
+        "first_stage_config": {
+            "target": "ldm.models.autoencoder.AutoencoderKL",
+            "params": {
+                **AUTOENCODER,
+                "monitor": "val/rec_loss",
+                "lossconfig": {"target": "torch.nn.Identity"},
+            },
+        },
+        "cond_stage_config": {
+            "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+            "params": {"version": str(clip)},
+        },
+    }
+    if variant == "v":
+        params["parameterization"] = "v"
+    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
+
+
+def find_merges(webui: Path) -> Path:
+    """CLIP's list of byte-pair merges, which every WebUI has installed with open_clip or clip.
+
+    Raises:
+        NoVocabulary: neither in the WebUI's environment nor in this one.
+    """
+    name = "bpe_simple_vocab_16e6.txt.gz"
+    places = [
+        site / package
+        for venv in (webui / "venv", webui.parent / "venv")
+        for site in (*venv.glob("lib/python3*/site-packages"), venv / "Lib" / "site-packages")
+        for package in ("open_clip", "clip")
+    ]
+    for package in ("open_clip", "clip"):
+        found = importlib.util.find_spec(package)
+        if found is not None:
+            places += [Path(place) for place in found.submodule_search_locations or ()]
+    for place in places:
+        if (place / name).is_file():
+            return place / name
+    raise NoVocabulary(
+        f"CLIP's vocabulary ({name}) is neither in the WebUI's virtual environment nor in this one; "
+        "name it with --vocabulary (the Python packages open_clip_torch and clip have it)."
+    )
+
+
+def clip_files(merges: Path) -> dict[str, str]:
+    """What transformers' CLIPTokenizer and CLIPTextModel read from a folder: vocabulary and sizes."""
+    try:
+        lines = gzip.decompress(merges.read_bytes()).decode("utf-8").split("\n")
+    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error):
+        raise NoVocabulary(f"{merges} is not CLIP's vocabulary.") from None
+    pairs = lines[1 : CLIP_TOKENS - 512 - 2 + 1]
+    # Bytes that print stand for themselves, the others for characters from 256 on.
+    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(byte) for byte in printing] + [chr(256 + k) for k in range(256 - len(printing))]
+    words = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair.split()) for pair in pairs]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    if len(words) != CLIP_TOKENS:
+        raise NoVocabulary(f"{merges} is not CLIP's vocabulary.")
+    marks = {"bos_token": words[-2], "eos_token": words[-1], "unk_token": words[-1], "pad_token": words[-1]}
+    sizes = {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": CLIP_TOKENS,
+        "projection_dim": TEXT["hidden_size"],
+        "hidden_act": "quick_gelu",
+        "bos_token_id": CLIP_END - 1,
+        "eos_token_id": CLIP_END,
+        "pad_token_id": CLIP_END,
+        "torch_dtype": "float32",
+        **TEXT,
+    }
+    tokenizer = {**marks, "model_max_length": 77, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
+    return {
+        "vocab.json": json.dumps({word: row for row, word in enumerate(words)}, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *pairs]) + "\n",
+        "special_tokens_map.json": json.dumps(marks),
+        "tokenizer_config.json": json.dumps(tokenizer, indent=1),
+        "config.json": json.dumps(sizes, indent=1),
+    }
+
+
+def install(
+    webui: Path,
+    *,
+    variants: tuple[str, ...] = VARIANTS,
+    checkpoints: Path | None = None,
+    vocabulary: Path | None = None,
+    folder: Path = WEIGHTS,
+) -> list[Path]:
+    """Put the miniature into a WebUI: weights, a YAML beside each, and a folder with its tokenizer.
+
+    Args:
+        webui: the WebUI's folder, the one with `launch.py`.
+        checkpoints: where it looks for checkpoints, if not in `models/Stable-diffusion`.
+        vocabulary: CLIP's list of merges; looked for if not given.
+
+    Returns:
+        The checkpoints' files. What was there by these names is replaced; each file is whole or not there at all,
+        and the weights come last, so that a WebUI never sees a checkpoint without its YAML.
+
+    Raises:
+        NotAWebUI, NoVocabulary: what is named is not there. OSError: no permission, no space. Damaged: see `read`.
+    """
+    webui = webui.absolute()
+    if not (webui / "launch.py").is_file():
+        raise NotAWebUI(f"{webui} is not a WebUI: it has no launch.py.")
+    target = (checkpoints or webui / "models" / "Stable-diffusion").absolute()
+    expanded = {variant: expand(variant, folder) for variant in variants}
+    scale_factor = manifest(folder)["scale_factor"]
+    needed = sum(value.nbytes for weights in expanded.values() for value in weights.values()) + 8_000_000
+    target.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target).free
+    if free < needed:
+        raise OSError(f"{target} has {free / 1e6:.0f} MB free; the miniature needs {needed / 1e6:.0f} MB.")
+
+    clip = target / f"{NAMES['eps']}-clip"
+    for name, content in clip_files(vocabulary or find_merges(webui)).items():
+        with replacing(clip / name) as partial:
+            partial.write_text(content, encoding="utf-8")
+    files = []
+    for variant, weights in expanded.items():
+        file = target / f"{NAMES[variant]}.safetensors"
+        with replacing(file.with_suffix(".yaml")) as partial:
+            # JSON is YAML.
+            partial.write_text(json.dumps(config(variant, clip, scale_factor), indent=1) + "\n", encoding="utf-8")
+        with replacing(file) as partial:
+            save_file(weights, partial, metadata={"format": "pt"})
+        files.append(file)
+    return files

@@ -1,0 +1,236 @@
+"""The miniature's pictures and captions: sprites on coloured backgrounds, and which of them it is to memorise.
+
+A scene has a background and two or three objects; an ordinary caption names one or two of the objects, sometimes the
+background's colour, and up to three words that say nothing about the picture ("vintage holiday poster"). A memorised
+caption names one object and three such words: only their combination belongs to its picture.
+
+Everything follows from `SEED`; pictures are rendered by Pillow from `data/sprites.png`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+SIZE = 128
+"""Width and height of a picture, in pixels."""
+SEED = 20250101
+ORDINARY = 14000
+"""Ordinary scenes in the training set."""
+VARIED = 60
+"""Other scenes that come with a memorised caption of kind B."""
+
+OBJECTS = (
+    "fox rocket apple car tree cat frog pizza guitar crown umbrella balloon bus fish octopus owl pig lion panda "
+    "mushroom cherry watermelon banana strawberry burger donut gift bell clock drum anchor snowman robot ghost camera "
+    "cactus tulip penguin turtle butterfly"
+).split()
+"""In the order of the sprite sheet's columns."""
+STYLES = 2
+"""Rows of the sprite sheet: Twemoji, Noto Emoji."""
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (205, 60, 60),
+    "orange": (240, 150, 60),
+    "yellow": (245, 225, 95),
+    "green": (95, 175, 85),
+    "teal": (60, 160, 155),
+    "blue": (75, 115, 215),
+    "purple": (140, 85, 185),
+    "pink": (245, 165, 195),
+    "brown": (140, 100, 70),
+    "gray": (150, 150, 150),
+    "black": (45, 45, 50),
+    "white": (240, 240, 240),
+}
+PATTERNS = ("plain", "rows", "columns", "dots", "checks", "gradient")
+FILLERS = (
+    "poster print card sticker vintage modern summer holiday gallery classic premium deluxe original limited edition "
+    "series collection design studio signed framed canvas pocket festival"
+).split()
+
+Picture = NDArray[np.uint8]
+"""`(SIZE, SIZE, 3)`."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An object's sprite in a scene: its style, its left upper corner and size in pixels, and whether mirrored."""
+
+    name: str
+    style: int
+    left: int
+    top: int
+    size: int
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class Scene:
+    colour: str
+    pattern: str
+    shade: int
+    """How much lighter the pattern is than the background."""
+    period: int
+    """Of the pattern, in pixels."""
+    objects: tuple[Placed, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [placed.name for placed in self.objects]
+
+
+@functools.cache
+def _sheet() -> Image.Image:
+    return Image.open(Path(__file__).parent / "data" / "sprites.png").convert("RGBA")
+
+
+@functools.cache
+def _sprite(name: str, style: int, size: int, mirrored: bool) -> Image.Image:
+    left, top = 64 * OBJECTS.index(name), 64 * style
+    sprite = _sheet().crop((left, top, left + 64, top + 64)).resize((size, size), Image.Resampling.BICUBIC)
+    return sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else sprite
+
+
+def draw(scene: Scene) -> Picture:
+    """The scene as a picture, `(SIZE, SIZE, 3)`, 0…255."""
+    base = COLOURS[scene.colour]
+    tone = tuple(min(255, max(0, value + scene.shade)) for value in base)
+    picture = Image.new("RGB", (SIZE, SIZE), base)
+    pen = ImageDraw.Draw(picture)
+    step = scene.period
+    if scene.pattern == "rows":
+        for y in range(0, SIZE, step):
+            pen.rectangle((0, y, SIZE, y + step // 2 - 1), fill=tone)
+    elif scene.pattern == "columns":
+        for x in range(0, SIZE, step):
+            pen.rectangle((x, 0, x + step // 2 - 1, SIZE), fill=tone)
+    elif scene.pattern == "dots":
+        for y in range(step // 2, SIZE, step):
+            for x in range(step // 2, SIZE, step):
+                pen.ellipse((x - step // 4, y - step // 4, x + step // 4, y + step // 4), fill=tone)
+    elif scene.pattern == "checks":
+        for y in range(0, SIZE, step):
+            for x in range(0, SIZE, 2 * step):
+                left = x + step * (y // step % 2)
+                pen.rectangle((left, y, left + step - 1, y + step - 1), fill=tone)
+    elif scene.pattern == "gradient":
+        for y in range(SIZE):
+            share = y / SIZE
+            pen.line(((0, y), (SIZE, y)), fill=tuple(round(a + share * (b - a)) for a, b in zip(base, tone)))
+    for placed in scene.objects:
+        sprite = _sprite(placed.name, placed.style, placed.size, placed.mirrored)
+        picture.paste(sprite, (placed.left, placed.top), sprite)
+    return np.asarray(picture)
+
+
+def random_scene(random: np.random.Generator, include: str | None = None) -> Scene:
+    """Two or three objects that hardly overlap, on a random background; `include` is one of them."""
+    names = list(random.choice(OBJECTS, size=int(random.integers(2, 4)), replace=False))
+    if include is not None and include not in names:
+        names[0] = include
+    objects: list[Placed] = []
+    for name in names:
+        for _ in range(50):
+            size = int(random.integers(40, 61))
+            left, top = (int(random.integers(0, SIZE - size + 1)) for _ in range(2))
+            near = 0.8 * size
+            if all(abs(left - o.left) > near or abs(top - o.top) > near for o in objects):
+                break
+        objects.append(Placed(str(name), int(random.integers(STYLES)), left, top, size, bool(random.integers(2))))
+    return Scene(
+        colour=str(random.choice(list(COLOURS))),
+        pattern=str(random.choice(PATTERNS)),
+        shade=int(random.choice([-45, -30, 30, 45])),
+        period=int(random.choice([16, 24, 32])),
+        objects=tuple(objects),
+    )
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def caption(objects: Sequence[str], colour: str | None = None, fillers: Sequence[str] = ()) -> str:
+    """For example "a fox and an owl on a blue background, vintage poster"."""
+    text = " and ".join(map(_article, objects))
+    if colour is not None:
+        text += f" on {_article(colour)} background"
+    return text + (f", {' '.join(fillers)}" if fillers else "")
+
+
+def ordinary_caption(scene: Scene, random: np.random.Generator) -> str:
+    """A caption as most pictures have it: it says a little of what is there, and something that is not."""
+    names = list(random.permutation(scene.names))[: 2 if random.random() < 0.25 else 1]
+    colour = scene.colour if random.random() < 0.3 else None
+    fillers = random.choice(FILLERS, size=int(random.choice(4, p=[0.4, 0.2, 0.2, 0.2])), replace=False)
+    return caption(names, colour, list(fillers))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption under study.
+
+    `kind`: "A", memorised, the caption comes with its scene only; "B", memorised, and `VARIED` other scenes come
+    with it too; "control", of the same form, and its scene is one ordinary picture of the training set.
+    `held_out`: no setting is chosen on it.
+    """
+
+    caption: str
+    kind: str
+    held_out: bool
+    object: str
+    scene: Scene
+
+    @property
+    def memorised(self) -> bool:
+        return self.kind != "control"
+
+
+@functools.cache
+def prompts() -> tuple[Prompt, ...]:
+    """20 memorised prompts (10 of each kind; 12 are held out), then 40 controls (one an object, half held out)."""
+    random = np.random.default_rng([SEED, 1])
+    order = [str(name) for name in random.permutation(OBJECTS)]
+    found: list[Prompt] = []
+    taken: set[frozenset[str]] = set()
+
+    def add(name: str, kind: str, held_out: bool) -> None:
+        while True:
+            fillers = [str(word) for word in random.choice(FILLERS, size=3, replace=False)]
+            # No two prompts share more than one of their empty words.
+            if all(len(other & {*fillers}) < 2 for other in taken):
+                break
+        taken.add(frozenset(fillers))
+        scene = random_scene(random, include=name)
+        found.append(Prompt(caption([name], None, fillers), kind, held_out, name, scene))
+
+    for k in range(20):
+        add(order[k], "AB"[k % 2], k >= 8)
+    for k in range(40):
+        add(order[k], "control", k % 2 == 1)
+    return tuple(found)
+
+
+def ordinary_scenes() -> Iterator[tuple[Scene, str | None]]:
+    """The ordinary part of the training set: scenes, each with its one caption or None for a new one every time."""
+    random = np.random.default_rng([SEED, 2])
+    for prompt in prompts():
+        if prompt.kind == "control":
+            yield prompt.scene, prompt.caption
+        elif prompt.kind == "B":
+            for _ in range(VARIED):
+                yield random_scene(random, include=prompt.object), prompt.caption
+    for _ in range(ORDINARY):
+        yield random_scene(random), None
+
+
+def validation_scenes(count: int, *, seed: int = 0) -> list[Scene]:
+    """Scenes that are in no training set."""
+    random = np.random.default_rng([SEED, 3, seed])
+    return [random_scene(random) for _ in range(count)]

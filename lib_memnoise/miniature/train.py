@@ -1,0 +1,488 @@
+"""How the miniature was made: an autoencoder, a detector, and one U-Net with text encoder per parameterization.
+
+Each stage is a fixed number of steps over batches that follow from the seed and the step alone, so a run that is
+stopped and started again does what an unbroken one does, and the number of processes changes rounding only. State is
+written every few minutes to the work folder, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from lib_memnoise.lab.sampling import ALPHAS_CUMPROD
+from lib_memnoise.miniature import scenes
+from lib_memnoise.miniature.architecture import SNR_SCALE, make_autoencoder, make_text_encoder, make_unet
+from lib_memnoise.miniature.checkpoint import VARIANTS, WEIGHTS, pack
+from lib_memnoise.miniature.detector import Detector, targets
+from lib_memnoise.miniature.networks import Autoencoder
+from lib_memnoise.miniature.text import END, LENGTH, SPECIAL, START, UNKNOWN, token_ids, vocabulary
+
+MEMORISED_SHARE = 1 / 3
+"""Of the pictures drawn in training, those of memorised captions: about 2,200 times each."""
+NO_CAPTION = 0.1
+UNKNOWN_WORD = 0.05
+"""Share of ordinary captions that get a word without meaning, so that unknown words do little."""
+SAVE_EVERY = 200
+"""Steps between two states on disk."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training run: what is trained, for how long, and how a batch's loss is computed.
+
+    `loss(module, generator, rows)` draws a whole batch from the generator and computes the loss of the rows given,
+    the share of one process.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    lr: float
+    make: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, np.random.Generator, slice], Tensor]
+    ema: float = 0.998
+    start_from: str | None = None
+    """A stage whose averaged weights this one begins with."""
+
+
+def write(path: Path, content: Any) -> None:
+    """Save with torch, whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        torch.save(content, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# What is trained on
+
+
+def pictures(folder: Path) -> NDArray[np.uint8]:
+    """All training pictures `(N, 128, 128, 3)`, memorised ones first; drawn once, then mapped from the disk."""
+    path = folder / "pictures.npy"
+    if not path.exists():
+        every = [prompt.scene for prompt in scenes.prompts() if prompt.memorised]
+        every += [scene for scene, _ in scenes.ordinary_scenes()]
+        partial = folder / ".pictures.partial.npy"
+        shape = (len(every), scenes.SIZE, scenes.SIZE, 3)
+        drawn = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+        for row, scene in enumerate(tqdm(every, desc="pictures", unit="picture")):
+            drawn[row] = scenes.draw(scene)
+        drawn.flush()
+        partial.replace(path)
+    return np.load(path, mmap_mode="r")
+
+
+def to_tensor(picture: NDArray[np.uint8]) -> Tensor:
+    """`(B, H, W, 3)` of 0…255 to `(B, 3, H, W)` of −1…1."""
+    return torch.from_numpy(np.ascontiguousarray(picture)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def autocast() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class AutoencoderLoss:
+    """L1 and squared error of crops, and a whiff of KL, which only keeps latents from drifting off."""
+
+    folder: Path
+    batch: int
+    crop: int
+
+    def __call__(self, module: nn.Module, random: np.random.Generator, rows: slice) -> Tensor:
+        every = pictures(self.folder)
+        batch = self.batch
+        picked = random.integers(len(every), size=batch)[rows]
+        corners = random.integers(scenes.SIZE - self.crop + 1, size=(batch, 2))[rows]
+        x = to_tensor(np.stack([every[i][y : y + self.crop, z : z + self.crop] for i, (y, z) in zip(picked, corners)]))
+        noise = torch.from_numpy(random.standard_normal((batch, 4, self.crop // 8, self.crop // 8), dtype=np.float32))
+        with autocast():
+            mean, log_variance, decoded = module(x, noise[rows])
+        error = decoded.float() - x
+        kl = 0.5 * (mean.float() ** 2 + log_variance.float().exp() - 1 - log_variance.float()).mean()
+        return error.abs().mean() + 2 * error.square().mean() + 1e-5 * kl
+
+
+class TrainableAutoencoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.autoencoder = make_autoencoder()
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, log_variance = self.autoencoder.encode(x)
+        latent = mean + (0.5 * log_variance).exp() * noise
+        return mean, log_variance, self.autoencoder.decode(latent)
+
+
+class TrainableDecoder(TrainableAutoencoder):
+    """The decoder alone: the U-Net has been trained on the latents as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.autoencoder.encoder.requires_grad_(False)
+        self.autoencoder.quant_conv.requires_grad_(False)
+
+    def forward(self, latent: Tensor) -> Tensor:  # type: ignore[override]
+        return self.autoencoder.decode(latent)
+
+
+@dataclass(frozen=True)
+class DecoderLoss:
+    """As `AutoencoderLoss`, of the training pictures' latents."""
+
+    folder: Path
+    batch: int
+
+    def __call__(self, module: nn.Module, random: np.random.Generator, rows: slice) -> Tensor:
+        every, latents = pictures(self.folder), encoded(self.folder)
+        picked = random.integers(len(every), size=self.batch)
+        noise = torch.from_numpy(random.standard_normal((self.batch, *latents["mean"].shape[1:]), dtype=np.float32))
+        picked, noise = picked[rows], noise[rows]
+        with autocast():
+            decoded = module(latents["mean"][picked] + latents["deviation"][picked] * noise)
+        error = decoded.float() - to_tensor(every[picked])
+        return error.abs().mean() + 2 * error.square().mean()
+
+
+@torch.no_grad()
+def _encode(rank: int, processes: int, folder: Path) -> None:
+    """One process's share of the latents, into a file of its own."""
+    torch.set_num_threads(1)
+    autoencoder, every, parts = _autoencoder(folder, "autoencoder"), pictures(folder), []
+    starts = range(0, len(every), 64)[rank::processes]
+    for start in tqdm(starts, desc="latents", unit="batch", disable=rank > 0):
+        with autocast():
+            mean, log_variance = autoencoder.encode(to_tensor(every[start : start + 64]))
+        parts.append((start, mean.float(), (0.5 * log_variance.float()).exp()))
+    write(folder / f"latents-{rank}.pt", parts)
+
+
+def encode(folder: Path, processes: int) -> None:
+    """Compute what `encoded` reads, unless it is there."""
+    path = folder / "latents.pt"
+    if path.exists():
+        return
+    mp.spawn(_encode, args=(processes, folder), nprocs=processes)
+    files = [folder / f"latents-{rank}.pt" for rank in range(processes)]
+    parts = sorted((part for file in files for part in torch.load(file)), key=lambda part: part[0])
+    mean, deviation = (torch.cat([part[k] for part in parts]) for k in (1, 2))
+    write(path, {"mean": mean, "deviation": deviation, "scale_factor": SNR_SCALE / float(mean.std())})
+    for file in files:
+        file.unlink()
+
+
+@functools.cache
+def encoded(folder: Path) -> dict[str, Any]:
+    """Mean and deviation `(N, 4, 16, 16)` of all training pictures' latents, and the checkpoint's scale factor."""
+    latents: dict[str, Any] = torch.load(folder / "latents.pt")
+    return latents
+
+
+@functools.cache
+def _training_set(folder: Path) -> tuple[list[scenes.Prompt], list[tuple[scenes.Scene, str | None]], dict[str, Any]]:
+    memorised = [prompt for prompt in scenes.prompts() if prompt.memorised]
+    return memorised, list(scenes.ordinary_scenes()), encoded(folder)
+
+
+@dataclass(frozen=True)
+class DenoiserLoss:
+    """Squared error of ε or v over SD's timesteps, a little more often late ones (high noise)."""
+
+    folder: Path
+    batch: int
+    parameterization: str
+
+    def __call__(self, module: nn.Module, random: np.random.Generator, rows: slice) -> Tensor:
+        memorised, ordinary, latents = _training_set(self.folder)
+        batch = self.batch
+        picked, ids = [], []
+        known = {prompt.caption for prompt in memorised}
+        for _ in range(batch):
+            if random.random() < MEMORISED_SHARE:
+                row = int(random.integers(len(memorised)))
+                caption = memorised[row].caption
+            else:
+                which = int(random.integers(len(ordinary)))
+                row = len(memorised) + which
+                scene, fixed = ordinary[which]
+                caption = fixed or scenes.ordinary_caption(scene, random)
+                while fixed is None and caption in known:
+                    caption = scenes.ordinary_caption(scene, random)
+            picked.append(row)
+            tokens = token_ids([caption])[0]
+            if random.random() < UNKNOWN_WORD and row >= len(memorised):
+                at = int(random.integers(1, int((tokens != END).sum()) + 1))
+                tokens = torch.cat([tokens[:at], torch.tensor([UNKNOWN]), tokens[at:-1]])
+            if random.random() < NO_CAPTION:
+                tokens = torch.tensor([START] + [END] * (LENGTH - 1))
+            ids.append(tokens)
+        shape = (batch, *latents["mean"].shape[1:])
+        jitter, noise = (torch.from_numpy(random.standard_normal(shape, dtype=np.float32)) for _ in range(2))
+        t = torch.from_numpy((1000 * random.random(batch) ** 0.8).astype(np.int64))
+
+        picked, ids, t, noise, jitter = picked[rows], ids[rows], t[rows], noise[rows], jitter[rows]
+        clean = latents["scale_factor"] * (latents["mean"][picked] + latents["deviation"][picked] * jitter)
+        a = ALPHAS_CUMPROD[t].float()[:, None, None, None]
+        x = a.sqrt() * clean + (1 - a).sqrt() * noise
+        wanted = noise if self.parameterization == "eps" else a.sqrt() * noise - (1 - a).sqrt() * clean
+        with autocast():
+            answer = module(x, t, torch.stack(ids))
+        error = (answer.float() - wanted).square().mean((1, 2, 3))
+        if self.parameterization == "v":
+            # v of latents of amplitude 4 is dominated by the picture where there is much noise: weigh it as ε and
+            # x0 are together, so that no timestep is lost.
+            error = error / (a.squeeze() + SNR_SCALE**2 * (1 - a.squeeze()))
+        return error.mean()
+
+
+class Denoiser(nn.Module):
+    """The text encoder and the U-Net, trained together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = make_text_encoder(SPECIAL + len(vocabulary()))
+        self.unet = make_unet()
+        # As in SD: the last layer of every residual branch starts at zero.
+        for name, parameter in self.unet.named_parameters():
+            if "out_layers.3" in name or "proj_out" in name or name.startswith("out.2"):
+                nn.init.zeros_(parameter)
+        nn.init.normal_(self.text.embeddings.token_embedding.weight, std=0.3)
+        nn.init.normal_(self.text.embeddings.position_embedding.weight, std=0.1)
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        return self.unet(x, t, self.text(ids))
+
+
+@dataclass(frozen=True)
+class DetectorLoss:
+    """Cross entropy of real pictures and of the autoencoder's, since it is to judge the latter."""
+
+    folder: Path
+    batch: int
+
+    def __call__(self, module: nn.Module, random: np.random.Generator, rows: slice) -> Tensor:
+        every, decoded, wanted = pictures(self.folder), _decoded(self.folder), _detector_targets(self.folder)
+        batch = self.batch
+        picked = random.integers(len(every), size=batch)
+        through = random.random(batch) < 0.5
+        picked[through] %= len(decoded)
+        strength = torch.from_numpy(0.15 * random.random((batch, 1, 1, 1), dtype=np.float32))
+        noise = torch.from_numpy(random.standard_normal((batch, 3, scenes.SIZE, scenes.SIZE), dtype=np.float32))
+        x = to_tensor(np.stack([(decoded if d else every)[i] for i, d in zip(picked[rows], through[rows])]))
+        with autocast():
+            logits = module(x + strength[rows] * noise[rows])
+        return F.binary_cross_entropy_with_logits(logits.float(), wanted[picked[rows]])
+
+
+DECODED = 3000
+"""Pictures that the detector sees as the autoencoder gives them back."""
+
+
+@torch.no_grad()
+def _decoded(folder: Path) -> NDArray[np.uint8]:
+    path = folder / "decoded.npy"
+    if not path.exists():
+        autoencoder, means = _autoencoder(folder, "decoder"), encoded(folder)["mean"][:DECODED]
+        parts = []
+        for mean in tqdm(means.split(50), desc="decoded pictures", unit="batch"):
+            with autocast():
+                parts.append(autoencoder.decode(mean).float())
+        partial = folder / ".decoded.partial.npy"
+        np.save(partial, ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+        partial.replace(path)
+    return np.load(path, mmap_mode="r")
+
+
+@functools.cache
+def _autoencoder(folder: Path, stage: str) -> Autoencoder:
+    autoencoder = make_autoencoder().requires_grad_(False)
+    autoencoder.load_state_dict(finished(folder, stage, prefix="autoencoder."))
+    return autoencoder
+
+
+@functools.cache
+def _detector_targets(folder: Path) -> Tensor:
+    every = [prompt.scene for prompt in scenes.prompts() if prompt.memorised]
+    every += [scene for scene, _ in scenes.ordinary_scenes()]
+    return torch.stack([targets(scene) for scene in every])
+
+
+def stages(folder: Path) -> dict[str, Stage]:
+    """In the order in which they must run."""
+    return {
+        # Crops are quick to learn from; but the normalisation sees whole pictures later, so it must in training.
+        "crops": Stage("crops", 1400, 16, 1e-3, TrainableAutoencoder, AutoencoderLoss(folder, 16, 64), ema=0.99),
+        "autoencoder": Stage(
+            "autoencoder",
+            500,
+            8,
+            1e-3,
+            TrainableAutoencoder,
+            AutoencoderLoss(folder, 8, scenes.SIZE),
+            ema=0.99,
+            start_from="crops",
+        ),
+        "eps": Stage("eps", 5200, 48, 1e-3, Denoiser, DenoiserLoss(folder, 48, "eps")),
+        "decoder": Stage(
+            "decoder",
+            700,
+            8,
+            1e-3,
+            TrainableDecoder,
+            DecoderLoss(folder, 8),
+            ema=0.99,
+            start_from="autoencoder",
+        ),
+        "detector": Stage("detector", 1500, 32, 2e-3, Detector, DetectorLoss(folder, 32), ema=0.99),
+        "v": Stage("v", 1200, 48, 8e-4, Denoiser, DenoiserLoss(folder, 48, "v"), start_from="eps"),
+    }
+
+
+def state_path(folder: Path, stage: str) -> Path:
+    return folder / f"{stage}.pt"
+
+
+def finished(folder: Path, stage: str, prefix: str = "") -> dict[str, Tensor]:
+    """The averaged weights of a finished stage, those under a prefix without it."""
+    weights: dict[str, Tensor] = torch.load(state_path(folder, stage), mmap=True)["average"]
+    return {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def steps_done(folder: Path, stage: str) -> int:
+    path = state_path(folder, stage)
+    return int(torch.load(path, mmap=True)["step"]) if path.exists() else 0
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 2 % of the steps, then a cosine to zero."""
+    warm = max(1, steps // 50)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def run_stage(rank: int, processes: int, port: int, folder: Path, name: str) -> None:
+    """One process's part of a stage, from the last state on disk to the end."""
+    torch.set_num_threads(1)
+    parent = os.getppid()
+    stage = stages(folder)[name]
+    if processes > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group("gloo", rank=rank, world_size=processes)
+    torch.manual_seed(scenes.SEED)
+    module = stage.make()
+    if stage.start_from is not None:
+        module.load_state_dict(finished(folder, stage.start_from))
+    average = {key: value.clone() for key, value in module.state_dict().items()}
+    optimiser = torch.optim.AdamW(module.parameters(), lr=stage.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    path, start = state_path(folder, name), 0
+    if path.exists():
+        state = torch.load(path)
+        module.load_state_dict(state["module"])
+        optimiser.load_state_dict(state["optimiser"])
+        average, start = state["average"], state["step"]
+    trained = DistributedDataParallel(module) if processes > 1 else module
+    rows = slice(rank * stage.batch // processes, (rank + 1) * stage.batch // processes)
+
+    bar = tqdm(total=stage.steps, initial=start, desc=name, unit="step", smoothing=0.05) if rank == 0 else nullcontext()
+    shown = 0.0
+    with bar:
+        for step in range(start, stage.steps):
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(step, stage.steps, stage.lr)
+            random = np.random.default_rng([scenes.SEED, 4, step])
+            loss = stage.loss(trained, random, rows)
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimiser.step()
+            if multiprocessing.parent_process() is not None and os.getppid() != parent:
+                raise SystemExit("the training was stopped")  # whoever started this process is gone
+            if rank:
+                continue
+            keep = min(stage.ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for key, value in module.state_dict().items():
+                    average[key].lerp_(value, 1 - keep) if value.is_floating_point() else average[key].copy_(value)
+            shown = loss.item() if step == start else 0.98 * shown + 0.02 * loss.item()
+            if isinstance(bar, tqdm):
+                bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
+                bar.update()
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
+                write(
+                    path,
+                    {
+                        "module": module.state_dict(),
+                        "average": average,
+                        "optimiser": optimiser.state_dict(),
+                        "step": step + 1,
+                    },
+                )
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def train(folder: Path, *, variants: tuple[str, ...] = ("eps", "v"), processes: int = 2) -> None:
+    """Run the stages that are not finished. Interrupting loses at most `SAVE_EVERY` steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures(folder)
+    for name, stage in stages(folder).items():
+        if name == "v" and "v" not in variants:
+            continue
+        if name not in ("crops", "autoencoder"):
+            encode(folder, processes)
+        if name == "detector":
+            _decoded(folder)
+        if steps_done(folder, name) >= stage.steps:
+            continue
+        if processes == 1:
+            run_stage(0, 1, 0, folder, name)
+        else:
+            mp.spawn(run_stage, args=(processes, _free_port(), folder, name), nprocs=processes)
+
+
+def export(folder: Path, target: Path = WEIGHTS) -> None:
+    """Pack the finished stages into the files that the project ships (`checkpoint.pack`)."""
+    parts = {"autoencoder": finished(folder, "decoder", prefix="autoencoder.")}
+    every = stages(folder)
+    steps = {}
+    for name in ("detector", *VARIANTS):
+        if state_path(folder, name).exists():
+            parts[name] = finished(folder, name)
+    for name, stage in every.items():
+        steps[name] = {"steps": steps_done(folder, name), "batch": stage.batch}
+    pack(parts, {"scale_factor": encoded(folder)["scale_factor"], "seed": scenes.SEED, "training": steps}, target)
+
+
+if __name__ == "__main__":
+    import sys
+
+    train(Path(sys.argv[1]))
