@@ -1,0 +1,175 @@
+"""Generation on the miniature, with its network rows counted: what the demo and the claims run.
+
+The methods and the decision when guidance is on are the very code that the WebUI runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lib_memnoise.guidance import guidance_off
+from lib_memnoise.lab.samplers import SAMPLERS
+from lib_memnoise.lab.sampling import TRAINING_STEPS
+from lib_memnoise.miniature.model import SHAPE, Miniature
+from lib_memnoise.mitigations import METHODS
+from lib_memnoise.mitigations.outcome import Outcome, run
+from lib_memnoise.prediction import Delta, magnitude
+from lib_memnoise.settings import Settings
+
+CFG = 7.0
+STEPS = 50
+PRESETS = {"eps": "sd1", "v": "sd2_v"}
+"""The settings' preset for each variant of the miniature, as the WebUI chooses it."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """The miniature under the prompts of a batch. One row is one image under one prompt at one timestep."""
+
+    model: Miniature
+    cond: Tensor
+    """`(B, 77, width)`."""
+    uncond: Tensor
+    """`(1, 77, width)`: the empty prompt."""
+    image: Tensor
+    """`(B,)`: where each image's rows are counted."""
+    forward: Tensor
+    backward: Tensor
+
+    def __call__(self, x: Tensor, t: float, conditional: bool, *, counted: bool = True) -> Tensor:
+        """The native output under each image's prompt, or under the empty one."""
+        if counted:
+            self.forward[self.image] += 1
+        context = self.cond if conditional else self.uncond.expand(len(x), -1, -1)
+        return self.model(x, torch.full((len(x),), t), context)
+
+    def delta(self, x: Tensor, t: float, *, counted: bool = True) -> tuple[Tensor, Tensor]:
+        """Δ(x, t) and the unconditional output, by two rows an image."""
+        if counted:
+            self.forward[self.image] += 2
+        both = self.model(
+            torch.cat([x, x]),
+            torch.full((2 * len(x),), t),
+            torch.cat([self.cond, self.uncond.expand(len(x), -1, -1)]),
+        )
+        conditional, unconditional = both.chunk(2)
+        return conditional - unconditional, unconditional
+
+    def of(self, images: list[int]) -> Network:
+        return replace(self, cond=self.cond[images], image=self.image[images])
+
+    def count_backward(self, gradient: Tensor) -> None:
+        """Two rows for each image whose Δ was differentiated."""
+        self.backward[self.image] += 2 * (magnitude(gradient) > 0)
+
+
+def make_network(model: Miniature, captions: Sequence[str]) -> Network:
+    """The network for a batch whose images have these captions, with its counts at zero."""
+    count = torch.zeros(len(captions), dtype=torch.long)
+    cond, uncond = model.encode(captions), model.encode([""])
+    return Network(model, cond, uncond, torch.arange(len(captions)), count, count.clone())
+
+
+@dataclass(frozen=True)
+class FirstDelta:
+    """Δ(x, T) at a sampler's first timestep; a `lib_memnoise.prediction.SelectableDelta`."""
+
+    network: Network
+    sampler: str
+    steps: int = STEPS
+    counted: bool = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        sampler = SAMPLERS[self.sampler]
+        t = sampler.first_timestep(self.steps)
+        delta, _ = self.network.delta(sampler.first_input(x), t, counted=self.counted)
+        if self.counted and delta.requires_grad:
+            delta.register_hook(self.network.count_backward)
+        return delta
+
+    def select(self, images: list[int]) -> Delta:
+        return replace(self, network=self.network.of(images))
+
+
+@dataclass
+class Guided:
+    """Classifier-free guidance held back until τ (Algorithm 1, second loop): the prediction a sampler follows.
+
+    With `looking`, ‖Δ‖ is read at every step; rows evaluated for that alone are not counted.
+    """
+
+    network: Network
+    tau: float
+    cfg: float = CFG
+    looking: bool = False
+    trace: list[tuple[float, Tensor]] = field(default_factory=list)
+    """Timestep and ‖Δ‖ `(B,)` of every step looked at."""
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        if guidance_off(t, self.tau):
+            unconditional = self.network(x, t, False)
+            if self.looking:
+                conditional = self.network(x, t, True, counted=False)
+                self.trace.append((t, magnitude(conditional - unconditional)))
+            return unconditional
+        delta, unconditional = self.network.delta(x, t)
+        if self.looking:
+            self.trace.append((t, magnitude(delta)))
+        return unconditional + self.cfg * delta
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Images of one batch. Everything but the latents and the trace is `(B,)`."""
+
+    noise: Tensor
+    """x̃_T."""
+    latents: Tensor
+    before: Tensor
+    """‖Δ(x_T, T)‖."""
+    after: Tensor
+    """‖Δ(x̃_T, T)‖."""
+    forward: Tensor
+    backward: Tensor
+    trace: list[tuple[float, Tensor]]
+    outcome: Outcome | None
+
+
+def noises(seeds: Sequence[int]) -> Tensor:
+    """Initial latents `(B, 4, 16, 16)`, one generator a seed, as a WebUI with CPU noise draws them."""
+    return torch.stack([torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def generate(
+    model: Miniature,
+    captions: Sequence[str],
+    x: Tensor,
+    settings: Settings,
+    *,
+    sampler: str = "DDIM",
+    steps: int = STEPS,
+    looking: bool = False,
+) -> Generated:
+    """Adjust the initial latents x `(B, 4, 16, 16)` as the settings say, and sample."""
+    network = make_network(model, captions)
+    look = FirstDelta(network, sampler, steps, counted=False)
+    with torch.no_grad():
+        before = magnitude(look(x))
+    tau, outcome, adjusted = float(TRAINING_STEPS), None, x
+    if settings.enabled:
+        settings = settings.resolved(PRESETS[model.parameterization])
+        delta = FirstDelta(network, sampler, steps)
+        outcome = run(x, delta, settings, parameterization=model.parameterization)
+        adjusted = outcome.x
+        if METHODS[settings.method].holds_guidance:
+            assert settings.tau is not None
+            tau = settings.tau
+    guided = Guided(network, tau, looking=looking)
+    latents = SAMPLERS[sampler].sample(guided, adjusted, steps, model.parameterization)
+    with torch.no_grad():
+        after = magnitude(look(adjusted))
+    return Generated(adjusted, latents, before, after, network.forward, network.backward, guided.trace, outcome)

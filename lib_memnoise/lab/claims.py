@@ -1,0 +1,283 @@
+"""The paper's claims, measured on prompts of the miniature that no setting was chosen on.
+
+Intervals are 95 % percentile bootstrap intervals over the captions: images of one caption are not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
+
+from lib_memnoise.lab.bench import FirstDelta, make_network, noises
+from lib_memnoise.lab.study import BATCH, Images, Subject, record, seed_of, study, subjects
+from lib_memnoise.miniature.model import Miniature
+from lib_memnoise.miniature.scenes import ordinary_caption, validation_scenes
+from lib_memnoise.miniature.text import words
+from lib_memnoise.prediction import magnitude
+from lib_memnoise.settings import Settings
+
+TAUS = (960.0, 940.0, 920.0, 900.0, 880.0, 860.0, 820.0, 780.0, 740.0)
+NONE = Settings(enabled=False)
+BATCH_WISE = Settings(enabled=True, preset="sd1")
+PER_SAMPLE = Settings(enabled=True, method="per_sample", lr=0.01, target=0.5, target_kind="fraction")
+RESAMPLES = 2000
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, the number that decides it, its 95 % interval, and whether it holds."""
+
+    claim: str
+    value: float
+    low: float
+    high: float
+    holds: bool
+
+
+def interval(captions: int, statistic: Callable[[NDArray[np.int64]], float]) -> tuple[float, float]:
+    """A bootstrap interval over captions of a statistic, which is given the indices of those drawn."""
+    result = stats.bootstrap(
+        (np.arange(captions),),
+        statistic,
+        n_resamples=RESAMPLES,
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def along(curve: Sequence[Images], alignment: float, drawn: NDArray[np.int64]) -> float:
+    """Similarity of static τ where its alignment is the one given, interpolated along the τ curve.
+
+    Below the curve's lowest alignment there is nothing to compare with: next to nothing is returned, so that no
+    method looks good there.
+    """
+    points = sorted((images.alignment[drawn].mean(), images.similarity[drawn].mean()) for images in curve)
+    alignments, similarities = zip(*points)
+    return float(np.interp(alignment, np.array(alignments), np.array(similarities), left=1e-9))
+
+
+def scores(model: Miniature, chosen: Sequence[Subject], images: int, seed: int, sampler: str = "DDIM") -> Values:
+    """‖Δ(x_T, T)‖ of fresh noises, `(S, I)`."""
+    every = [(s, i) for s in range(len(chosen)) for i in range(images)]
+    found = []
+    for start in range(0, len(every), BATCH):
+        part = every[start : start + BATCH]
+        network = make_network(model, [chosen[s].caption for s, _ in part])
+        with torch.no_grad():
+            found.append(magnitude(FirstDelta(network, sampler)(noises([seed_of(s, i, seed) for s, i in part]))))
+    return torch.cat(found).double().numpy().reshape(len(chosen), images)
+
+
+def auc(memorised: Values, control: Values) -> float:
+    """The probability that a memorised prompt's score is above a control's."""
+    found = stats.mannwhitneyu(memorised.ravel(), control.ravel())
+    return float(found.statistic) / (memorised.size * control.size)
+
+
+def ordinary_subjects(count: int) -> list[Subject]:
+    """Captions as most training pictures have them, of scenes that no training set has."""
+    random = np.random.default_rng(7)
+    found = []
+    for scene in validation_scenes(count, seed=7):
+        caption = ordinary_caption(scene, random)
+        true = {scene.colour, *scene.names}
+        found.append(Subject(caption, tuple(word for word in words(caption) if word in true), None))
+    return found
+
+
+def displaced(chosen: Sequence[Subject], images: int, seed: int, moved: Tensor) -> Tensor:
+    """The seeds' noises, each moved in a random direction as far as a method moved it to `moved`."""
+    every = [(s, i) for s in range(len(chosen)) for i in range(images)]
+    x = noises([seed_of(s, i, seed) for s, i in every])
+    direction = noises([seed_of(s, i, seed + 50_000_000) for s, i in every])
+    length = (moved - x).flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1)
+    return x + length[:, None, None, None] * direction
+
+
+def static(tau: float) -> Settings:
+    """A static transition point: guidance off until τ, the noise as it is."""
+    return Settings(enabled=True, preset="sd1", gamma=0.0, tau=tau)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that the claims are judged by. `points` has a row for each method and setting."""
+
+    none: Images
+    curve: dict[float, Images]
+    batch_wise: Images
+    per_sample: Images
+    displaced: Images
+    controls: Images
+    ordinary: Images
+    control_scores: Values
+    points: list[dict[str, Any]]
+
+
+def images_needed(images: int, taus: Sequence[float], controls: int) -> int:
+    """How many images `measure` makes."""
+    memorised = len(subjects(memorised=True, held_out=True))
+    return memorised * images * (4 + len(taus)) + len(subjects(memorised=False, held_out=True)) * controls + ORDINARY
+
+
+ORDINARY = 60
+"""Images of ordinary captions, one each."""
+
+
+def measure(
+    model: Miniature,
+    *,
+    images: int = 9,
+    seed: int = 1,
+    taus: Sequence[float] = TAUS,
+    controls: int = 3,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Measured:
+    """Generate the held-out prompts under every method, all from the same noises (DDIM, 50 steps, guidance 7).
+
+    Args:
+        images: of each memorised prompt, at every point.
+        controls: images of each control.
+    """
+    chosen = subjects(memorised=True, held_out=True)
+    points: list[dict[str, Any]] = []
+
+    def point(name: str, settings: Settings, replaced: Tensor | None = None, looking: bool = False) -> Images:
+        result = study(
+            model,
+            chosen,
+            settings,
+            images=images,
+            seed=seed,
+            replaced=replaced,
+            looking=looking,
+            progress=progress,
+        )
+        points.append(record(name, settings, model.parameterization, result))
+        return result
+
+    none = point("none", NONE)
+    curve = {tau: point(f"static tau {tau:g}", static(tau)) for tau in taus}
+    batch_wise = point("batch-wise", BATCH_WISE)
+    per_sample = point("per-sample", PER_SAMPLE)
+    random = displaced(chosen, images, seed, batch_wise.noise)
+    tau = BATCH_WISE.resolved("sd1").tau
+    assert tau is not None
+    moved = point("random displacement", static(tau), replaced=random)
+    others = subjects(memorised=False, held_out=True)
+    control = study(model, others, NONE, images=controls, seed=seed, progress=progress)
+    ordinary = study(model, ordinary_subjects(ORDINARY), NONE, images=1, seed=seed, progress=progress)
+    return Measured(
+        none, curve, batch_wise, per_sample, moved, control, ordinary, scores(model, others, images, seed), points
+    )
+
+
+def judge(found: Measured) -> list[Claim]:
+    """The claims, each with the number that decides it."""
+    every = np.arange(len(found.none.similarity))
+    curve = list(found.curve.values())
+    tau = BATCH_WISE.resolved("sd1").tau
+    assert tau is not None
+
+    def share(images: Images) -> Callable[[NDArray[np.int64]], float]:
+        return lambda drawn: float(images.copied[drawn].mean())
+
+    def ratio(drawn: NDArray[np.int64]) -> float:
+        same = along(curve, float(found.batch_wise.alignment[drawn].mean()), drawn)
+        return float(found.batch_wise.similarity[drawn].mean()) / same
+
+    def gain(drawn: NDArray[np.int64]) -> float:
+        return float((found.none.similarity - found.per_sample.similarity)[drawn].mean())
+
+    def loss(drawn: NDArray[np.int64]) -> float:
+        return float((found.none.alignment - found.per_sample.alignment)[drawn].mean())
+
+    def nothing(drawn: NDArray[np.int64]) -> float:
+        return float((found.curve[tau].similarity - found.displaced.similarity)[drawn].mean())
+
+    def separation(drawn: NDArray[np.int64]) -> float:
+        return auc(found.none.before[drawn], found.control_scores)
+
+    captions = len(every)
+    claims = []
+
+    def add(
+        claim: str,
+        statistic: Callable[[NDArray[np.int64]], float],
+        holds: Callable[[float, float, float], bool],
+        size: int = captions,
+    ) -> None:
+        low, high = interval(size, statistic)
+        value = statistic(np.arange(size))
+        claims.append(Claim(claim, value, low, high, holds(value, low, high)))
+
+    add(
+        "memorised prompts are copied without mitigation (share, at least 0.95)",
+        share(found.none),
+        lambda v, low, high: v >= 0.95,
+    )
+    add(
+        "controls are not (share, at most 0.10)",
+        share(found.controls),
+        lambda v, low, high: v <= 0.10,
+        len(found.controls.similarity),
+    )
+    add(
+        "controls are recognisable (alignment, at least 0.85)",
+        lambda drawn: float(found.controls.alignment[drawn].mean()),
+        lambda v, low, high: v >= 0.85,
+        len(found.controls.similarity),
+    )
+    add(
+        "ordinary prompts are recognisable (alignment, at least 0.85)",
+        lambda drawn: float(found.ordinary.alignment[drawn].mean()),
+        lambda v, low, high: v >= 0.85,
+        len(found.ordinary.similarity),
+    )
+    add(
+        "batch-wise is less similar than static tau at the same alignment (ratio, at most 0.75, interval below 1)",
+        ratio,
+        lambda v, low, high: v <= 0.75 and high < 1,
+    )
+    add("per-sample is less similar than no mitigation (difference, at least 0.3)", gain, lambda v, low, high: v >= 0.3)
+    add("per-sample keeps the alignment (loss, at most 0.05)", loss, lambda v, low, high: v <= 0.05)
+    add(
+        f"a random displacement as long as batch-wise's gains nothing at tau {tau:g} (interval includes 0)",
+        nothing,
+        lambda v, low, high: low <= 0 <= high,
+    )
+    add(
+        "the score tells memorised prompts from controls (AUC of one noise, at least 0.9)",
+        separation,
+        lambda v, low, high: v >= 0.9,
+    )
+    return claims
+
+
+def report(found: Measured, claims: Sequence[Claim]) -> str:
+    """Points and claims as text."""
+    lines = [f"{'method':22} {'similarity':>10} {'copied':>7} {'alignment':>9} {'rows':>7} {'backward':>8}"]
+    for row in found.points:
+        lines.append(
+            f"{row['method']:22} {row['similarity']:10.3f} {row['copied']:7.2f} {row['alignment']:9.3f} "
+            f"{row['rows']:7.1f} {row['backward_rows']:8.1f}"
+        )
+    prompts, images = found.none.similarity.shape
+    lines += ["", f"{prompts} held-out prompts, {images} images each, at every point.", ""]
+    for claim in claims:
+        lines.append(
+            f"{'holds' if claim.holds else 'FAILS'}  {claim.value:7.3f} "
+            f"[{claim.low:.3f}, {claim.high:.3f}]  {claim.claim}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,142 @@
+"""The methods side by side on the miniature: the same noises, real samplers, no WebUI and no GPU.
+
+The miniature is a real but very small Stable Diffusion that memorised some of its training pictures. What is shown
+here is what happens on it; it is no evidence about the checkpoints people use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lib_memnoise.lab.study import Images, Subject, record, study, subjects
+from lib_memnoise.miniature.model import Miniature
+from lib_memnoise.miniature.scenes import COLOURS, OBJECTS
+from lib_memnoise.miniature.text import words
+from lib_memnoise.miniature.yardsticks import COPIED
+from lib_memnoise.settings import Settings
+
+COMPARED: dict[str, Settings] = {
+    "none": Settings(enabled=False),
+    "static tau": Settings(enabled=True, gamma=0.0),
+    "batch-wise": Settings(enabled=True),
+    "per-sample": Settings(enabled=True, method="per_sample", target=0.5, target_kind="fraction"),
+}
+"""The paper's settings where it has some for the variant; the target is half of the first ‖Δ‖, since the paper's
+absolute one belongs to SD."""
+
+STATEMENT = (
+    "A miniature Stable Diffusion (128 px, 7 million weights) that memorised 20 of its training pictures.\n"
+    "It shows what the methods do and cost on it; it is no evidence about the checkpoints people use."
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    subjects: list[Subject]
+    results: dict[str, Images]
+    """By the names of `COMPARED`."""
+    records: list[dict[str, Any]]
+
+
+def own_subjects(captions: Sequence[str]) -> list[Subject]:
+    """Captions of the user's own; known prompts keep their memorised picture."""
+    known = {
+        subject.caption: subject
+        for held_out in (True, False)
+        for subject in subjects(memorised=True, held_out=held_out)
+    }
+    found = []
+    for caption in captions:
+        shown = tuple(word for word in words(caption) if word in OBJECTS or word in COLOURS)
+        found.append(known.get(caption) or Subject(caption, shown, None))
+    return found
+
+
+def compare(
+    model: Miniature,
+    chosen: Sequence[Subject],
+    *,
+    images: int = 4,
+    seed: int = 0,
+    sampler: str = "DDIM",
+    steps: int = 50,
+    looking: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Comparison:
+    """Every method of `COMPARED` on the same noises.
+
+    Keys of a record: `method`; `settings`, as the API takes them; `prompts`; `images`, of each prompt; `similarity`,
+    to the memorised picture; `copied`, the share of images whose similarity is above `COPIED`; `alignment`, the
+    detector's probability of what the prompt names; `rows` and `backward_rows`, network rows an image;
+    `magnitude_before` and `magnitude_after`, ‖Δ(x_T, T)‖ and ‖Δ(x̃_T, T)‖ in the network's native output; `norm`,
+    ‖x̃_T‖/√d. All but the first four are means over the images.
+    """
+    results = {
+        name: study(
+            model,
+            chosen,
+            settings,
+            images=images,
+            seed=seed,
+            sampler=sampler,
+            steps=steps,
+            looking=looking,
+            progress=progress,
+        )
+        for name, settings in COMPARED.items()
+    }
+    kind = model.parameterization
+    records = [record(name, COMPARED[name], kind, result) for name, result in results.items()]
+    return Comparison(list(chosen), results, records)
+
+
+_COLUMNS = (
+    ("method", "method", "{}"),
+    ("copied", "copied", "{:.0%}"),
+    ("similarity", "similarity", "{:.2f}"),
+    ("alignment", "alignment", "{:.2f}"),
+    ("rows", "rows", "{:.1f}"),
+    ("backward_rows", "backward", "{:.1f}"),
+    ("magnitude_before", "|Δ| before", "{:.2f}"),
+    ("magnitude_after", "|Δ| after", "{:.2f}"),
+)
+
+
+def cells(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The records as rows of text under a row of titles."""
+    lines = [[title for _, title, _ in _COLUMNS]]
+    for entry in records:
+        lines.append(["–" if _nothing(entry[key]) else form.format(entry[key]) for key, _, form in _COLUMNS])
+    return lines
+
+
+def _nothing(value: Any) -> bool:
+    return isinstance(value, float) and np.isnan(value)
+
+
+def explanation(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    first = records[0]
+    return [
+        f"{first['prompts']} prompts, {first['images']} images each, the same noises for all methods.",
+        f"copied: share of images whose similarity is above {COPIED:g}.",
+        "similarity: correlation with the memorised picture, blurred; alignment: a detector's probability of what "
+        "the prompt names.",
+        "rows, backward: network rows evaluated and differentiated, an image.",
+    ]
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The records as plain text, with what the columns mean."""
+    lines = cells(records)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    return "\n".join([STATEMENT, "", *text, "", *explanation(records)])
+
+
+def total(prompts: int, images: int) -> int:
+    """Images that `compare` makes."""
+    return len(COMPARED) * prompts * images

@@ -1,0 +1,91 @@
+"""Samplers as AUTOMATIC1111's WebUI walks them.
+
+Timesteps are those of the training schedule, 0…999. Latents are `(B, C, H, W)` with unit variance per element. A
+sampler follows a prediction, the network's native output (ε or v), and does not know how it was guided.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib_memnoise.lab import kdiffusion
+from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar, ddim_timesteps
+
+Predict = Callable[[Tensor, float], Tensor]
+"""`predict(x, t)`: the prediction to follow at the latents x and timestep t, in the shape of x."""
+
+
+def clean_and_eps(x: Tensor, output: Tensor, t: int, parameterization: str) -> tuple[Tensor, Tensor]:
+    """The clean latents and the noise that the network's output at x_t stands for."""
+    a, b = alpha_bar(t) ** 0.5, (1 - alpha_bar(t)) ** 0.5
+    if parameterization == "v":
+        return a * x - b * output, a * output + b * x
+    return (x - b * output) / a, output
+
+
+@torch.no_grad()
+def ddim(predict: Predict, x: Tensor, timesteps: Sequence[int], parameterization: str = "eps") -> Tensor:
+    """Deterministic DDIM (η = 0) from the initial latents x at `timesteps[0]` (descending) to the last timestep."""
+    for t, following in itertools.pairwise(timesteps):
+        clean, eps = clean_and_eps(x, predict(x, t), t, parameterization)
+        a = alpha_bar(following)
+        x = a**0.5 * clean + (1 - a) ** 0.5 * eps
+    return x
+
+
+def _k_model(predict: Predict, parameterization: str) -> Any:
+    """k-diffusion's wrapper of a network, as the WebUI uses it: timesteps between the trained ones are allowed."""
+    external = kdiffusion.load().external
+    kind = external.DiscreteVDDPMDenoiser if parameterization == "v" else external.DiscreteEpsDDPMDenoiser
+
+    class Denoiser(kind):  # type: ignore[misc, valid-type]
+        def get_eps(self, x: Tensor, t: Tensor) -> Tensor:
+            return predict(x, float(t[0]))
+
+        get_v = get_eps
+
+    return Denoiser(None, ALPHAS_CUMPROD.float(), quantize=False)
+
+
+@torch.no_grad()
+def euler(predict: Predict, x: Tensor, steps: int, parameterization: str = "eps") -> Tensor:
+    """k-diffusion's Euler on the model's own sigmas, from the initial latents x to the clean ones."""
+    model = _k_model(predict, parameterization)
+    sigmas = model.get_sigmas(steps)
+    result: Tensor = kdiffusion.load().sampling.sample_euler(model, x * sigmas[0], sigmas, disable=True)
+    return result
+
+
+@dataclass(frozen=True)
+class Sampler:
+    first_timestep: Callable[[int], float]
+    """T, of a number of steps."""
+    first_input: Callable[[Tensor], Tensor]
+    """What the network sees at T of the initial latents."""
+    sample: Callable[[Predict, Tensor, int, str], Tensor]
+    """`sample(predict, x, steps, parameterization)`: the latents at the end."""
+
+
+def _euler_input(x: Tensor) -> Tensor:
+    # The noise is multiplied by σ and what is seen divided by √(σ² + 1): 0.998 of it.
+    return x * (1 - alpha_bar(TRAINING_STEPS - 1)) ** 0.5
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "DDIM": Sampler(
+        first_timestep=lambda steps: ddim_timesteps(steps)[0],
+        first_input=lambda x: x,
+        sample=lambda predict, x, steps, kind: ddim(predict, x, ddim_timesteps(steps), kind),
+    ),
+    "Euler": Sampler(
+        first_timestep=lambda steps: TRAINING_STEPS - 1,
+        first_input=_euler_input,
+        sample=euler,
+    ),
+}

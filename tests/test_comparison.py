@@ -1,0 +1,263 @@
+"""What runs without a WebUI: samplers, generation on the miniature, the demo, the claims, the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lib_memnoise.lab import bench, claims, comparison, study
+from lib_memnoise.lab.page import page
+from lib_memnoise.lab.samplers import SAMPLERS, clean_and_eps
+from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar
+from lib_memnoise.miniature.checkpoint import MANIFEST, WEIGHTS
+from lib_memnoise.miniature.model import Miniature, load_miniature
+from lib_memnoise.prediction import magnitude
+from lib_memnoise.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+KEYS = {
+    "method", "settings", "prompts", "images", "similarity", "copied", "alignment", "rows", "backward_rows",
+    "magnitude_before", "magnitude_after", "norm",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """The command line sets the number of threads of its process, which other tests share."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model() -> Miniature:
+    if not (WEIGHTS / MANIFEST).exists():
+        pytest.skip("the miniature's weights are not part of this checkout")
+    return load_miniature()
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Sampling
+
+
+def one_picture(picture: Tensor, parameterization: str) -> Any:
+    """The exact network of a distribution that is a single picture."""
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        # Between the trained timesteps, k-diffusion interpolates the logarithm of σ.
+        low, high = int(t), min(int(t) + 1, TRAINING_STEPS - 1)
+        logs = [float(((1 - ALPHAS_CUMPROD[k]) / ALPHAS_CUMPROD[k]).log()) / 2 for k in (low, high)]
+        sigma = np.exp(logs[0] + (t - low) * (logs[1] - logs[0]))
+        a = 1 / (1 + sigma**2)
+        eps = (x - a**0.5 * picture) / (1 - a) ** 0.5
+        return eps if parameterization == "eps" else a**0.5 * eps - (1 - a) ** 0.5 * picture
+
+    return predict
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+def test_samplers_find_the_only_picture(sampler: str, parameterization: str) -> None:
+    picture, x = noise(1, 4, 4, 4, seed=1), noise(1, 4, 4, 4)
+    result = SAMPLERS[sampler].sample(one_picture(picture, parameterization), x, 50, parameterization)
+    # DDIM stops at t = 1, where 3 % of the noise is left.
+    torch.testing.assert_close(result, picture, atol=0.15 if sampler == "DDIM" else 1e-3, rtol=0)
+
+
+def test_ddim_keeps_the_noise_of_a_point() -> None:
+    picture, x = noise(1, 4, 4, 4, seed=1), noise(1, 4, 4, 4)
+    a, last = alpha_bar(981), alpha_bar(1)
+    eps = (x - a**0.5 * picture) / (1 - a) ** 0.5
+    result = SAMPLERS["DDIM"].sample(one_picture(picture, "eps"), x, 50, "eps")
+    torch.testing.assert_close(result, last**0.5 * picture + (1 - last) ** 0.5 * eps)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_first_input_is_what_the_sampler_asks_first(sampler: str) -> None:
+    seen: list[tuple[Tensor, float]] = []
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        seen.append((x, t))
+        return torch.zeros_like(x)
+
+    x = noise(1, 4, 4, 4).float()
+    SAMPLERS[sampler].sample(predict, x, 20, "eps")
+    assert seen[0][1] == pytest.approx(SAMPLERS[sampler].first_timestep(20), abs=1e-3)
+    torch.testing.assert_close(seen[0][0], SAMPLERS[sampler].first_input(x))
+
+
+def test_clean_and_eps_agree_between_parameterizations() -> None:
+    picture, eps = noise(2, 4, 4, 4, seed=1), noise(2, 4, 4, 4)
+    a = alpha_bar(500)
+    x = a**0.5 * picture + (1 - a) ** 0.5 * eps
+    for kind, output in (("eps", eps), ("v", a**0.5 * eps - (1 - a) ** 0.5 * picture)):
+        for found, expected in zip(clean_and_eps(x, output, 500, kind), (picture, eps)):
+            torch.testing.assert_close(found, expected)
+
+
+# Generation on the miniature
+
+
+CAPTIONS = ["a fox", "an owl on a red background"]
+
+
+def generate(model: Miniature, settings: Settings, **kwargs: Any) -> bench.Generated:
+    return bench.generate(model, CAPTIONS, bench.noises([1, 2]), settings, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "settings, sampler, rows",
+    [
+        (comparison.COMPARED["none"], "DDIM", 98),
+        (comparison.COMPARED["static tau"], "DDIM", 93),
+        (comparison.COMPARED["batch-wise"], "DDIM", 98 + 4 * 2 - 5),
+        (Settings(enabled=True, preset="sd2_v"), "Euler", 100 + 4 * 4 - 4),
+    ],
+)
+def test_rows(model: Miniature, settings: Settings, sampler: str, rows: int) -> None:
+    """Those of the benchmarks' table; looking costs nothing that is counted."""
+    for looking in (False, True):
+        found = generate(model, settings, sampler=sampler, looking=looking)
+        assert found.forward.tolist() == [rows, rows] and found.backward.tolist() == [0, 0]
+    assert len(found.trace) == (49 if sampler == "DDIM" else 50)
+
+
+def test_rows_per_sample(model: Miniature) -> None:
+    found = generate(model, comparison.COMPARED["per-sample"], steps=10)
+    assert found.outcome is not None and found.outcome.steps is not None
+    steps = found.outcome.steps
+    assert torch.equal(found.forward, 2 * 10 * torch.ones(2, dtype=torch.long) - 2 + 2 * (steps + 1))
+    assert torch.equal(found.backward, 2 * steps)
+    assert (found.after < 0.5 * found.before).all()
+
+
+def test_looking_changes_nothing(model: Miniature) -> None:
+    plain, looked = (generate(model, comparison.COMPARED["batch-wise"], steps=10, looking=k) for k in (False, True))
+    torch.testing.assert_close(plain.latents, looked.latents)
+    torch.testing.assert_close(looked.trace[0][1], looked.after, rtol=1e-4, atol=1e-4)
+
+
+def test_images_do_not_depend_on_their_batch(model: Miniature) -> None:
+    together = generate(model, comparison.COMPARED["batch-wise"], steps=10)
+    alone = bench.generate(model, CAPTIONS[1:], bench.noises([2]), comparison.COMPARED["batch-wise"], steps=10)
+    torch.testing.assert_close(together.latents[1:], alone.latents, rtol=1e-2, atol=1e-2)
+
+
+def test_static_tau_leaves_the_noise_alone(model: Miniature) -> None:
+    assert torch.equal(generate(model, comparison.COMPARED["static tau"], steps=10).noise, bench.noises([1, 2]))
+
+
+def test_noises_are_the_seeds() -> None:
+    assert torch.equal(bench.noises([3, 4])[1], bench.noises([4])[0])
+    first = [study.seed_of(s, i, 0) for s in range(20) for i in range(1000)]
+    assert len(set(first)) == len(first)
+
+
+# The comparison
+
+
+def test_memorised_prompts_are_copied_and_the_methods_help(model: Miniature) -> None:
+    chosen = study.subjects(memorised=True, held_out=True)[:4]
+    found = comparison.compare(model, chosen, images=2)
+    none, static, batch_wise, per_sample = found.records
+    assert none["copied"] == 1
+    assert batch_wise["similarity"] < static["similarity"] < none["similarity"]
+    assert per_sample["similarity"] < none["similarity"] - 0.1
+    for record in (batch_wise, per_sample):
+        assert record["magnitude_after"] < record["magnitude_before"]
+
+
+def test_page_has_everything_in_it(model: Miniature) -> None:
+    chosen = comparison.own_subjects(["a fox", study.subjects(memorised=True, held_out=True)[0].caption])
+    assert [subject.memorised is None for subject in chosen] == [True, False]
+    found = comparison.compare(model, chosen, images=1, steps=3, looking=True)
+    text = page(found)
+    assert not re.search(r'(?:src|href)="(?!data:)|url\(|@import|<script', text)
+    # Four methods' image of each prompt, one memorised picture, two plots.
+    assert text.count("<img") == 4 * 2 + 1 + 2
+    for record in found.records:
+        assert f"<td>{record['method']}</td>" in text
+
+
+# The claims
+
+
+def test_bootstrap_interval_of_a_mean() -> None:
+    values = np.random.default_rng(0).normal(3.0, 1.0, 400)
+    low, high = claims.interval(400, lambda drawn: float(values[drawn].mean()))
+    assert low < 3.0 < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+
+
+def images(similarity: float, alignment: float, captions: int = 4) -> study.Images:
+    rng = np.random.default_rng(int(1000 * similarity + alignment))
+    like = similarity + 0.01 * rng.standard_normal((captions, 3))
+    one = np.ones((captions, 3))
+    empty = torch.empty(0)
+    return study.Images(empty, empty, like, alignment * one, 5 * one, one, one, one, one, np.empty((0, 4, 3)), [])
+
+
+def measured(**changed: Any) -> claims.Measured:
+    curve = {900.0: images(0.6, 0.9), 800.0: images(0.4, 0.7), 980.0: images(0.95, 0.95)}
+    kept = {
+        "none": images(0.95, 0.95),
+        "curve": curve,
+        "batch_wise": images(0.3, 0.9),
+        "per_sample": images(0.5, 0.94),
+        "displaced": curve[900.0],
+        "controls": images(0.2, 0.9),
+        "ordinary": images(0.2, 0.9),
+        "control_scores": np.full((4, 3), 2.0),
+        "points": [],
+    }
+    return claims.Measured(**{**kept, **changed})
+
+
+def test_claims_hold_where_they_should() -> None:
+    judged = claims.judge(measured())
+    assert all(claim.holds for claim in judged)
+    ratio = next(claim for claim in judged if "ratio" in claim.claim)
+    assert ratio.value == pytest.approx(0.3 / 0.6, abs=0.02) and ratio.low <= ratio.value <= ratio.high
+
+
+@pytest.mark.parametrize(
+    "changed, claim",
+    [
+        ({"none": images(0.7, 0.95)}, "copied without mitigation"),
+        ({"controls": images(0.9, 0.9)}, "controls are not"),
+        ({"controls": images(0.2, 0.5)}, "controls are recognisable"),
+        ({"ordinary": images(0.2, 0.5)}, "ordinary prompts are recognisable"),
+        ({"batch_wise": images(0.5, 0.9)}, "at the same alignment"),
+        ({"batch_wise": images(0.3, 0.6)}, "at the same alignment"),
+        ({"per_sample": images(0.9, 0.94)}, "per-sample is less similar"),
+        ({"per_sample": images(0.5, 0.8)}, "per-sample keeps the alignment"),
+        ({"displaced": images(0.3, 0.9)}, "random displacement"),
+        ({"control_scores": np.full((4, 3), 9.0)}, "AUC"),
+    ],
+)
+def test_claims_fail_where_they_should(changed: dict[str, Any], claim: str) -> None:
+    failed = [judged.claim for judged in claims.judge(measured(**changed)) if not judged.holds]
+    assert any(claim in text for text in failed)
+
+
+def test_random_displacement_is_as_long(model: Miniature) -> None:
+    chosen = study.subjects(memorised=True, held_out=True)[:2]
+    x = bench.noises([study.seed_of(s, i, 1) for s in range(2) for i in range(2)])
+    moved = x + torch.arange(1, 5.0)[:, None, None, None] * torch.ones_like(x)
+    other = claims.displaced(chosen, 2, 1, moved)
+    torch.testing.assert_close(magnitude(other - x), magnitude(moved - x))
+    assert (torch.cosine_similarity((other - x).flatten(1), (moved - x).flatten(1)).abs() < 0.2).all()
+
+
+def test_auc() -> None:
+    assert claims.auc(np.array([3.0, 4.0]), np.array([1.0, 2.0])) == 1
+    assert claims.auc(np.array([1.0, 4.0]), np.array([2.0, 3.0])) == 0.5
