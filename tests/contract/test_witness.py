@@ -112,7 +112,12 @@ def test_with_a_lora(real: Studio, numbers: tuple[dict[str, Any], dict[str, Any]
     assert real.host.post("/sdapi/v1/refresh-loras").status_code == 200
     assert "tilt" in [entry["name"] for entry in real.host.get("/sdapi/v1/loras").json()]
     without = real.run(numbers[0], prompt="a fox", batch_size=2)
-    check_with_and_without(real, without, numbers, "a fox<lora:tilt:1>")
+    with_lora = "a fox<lora:tilt:1>"
+    check_with_and_without(real, without, numbers, with_lora)
+    # The empty prompt that a negative prompt hides is encoded with the LoRA as well, and anew for every request.
+    for prompt in ("a fox", with_lora):
+        hidden, plain = (real.run(numbers[0], prompt=prompt, negative_prompt=text) for text in ("blurry", ""))
+        assert hidden.number("magnitude") == pytest.approx(plain.number("magnitude"), rel=1e-3)
     # it does not linger
     after = real.run(numbers[0], prompt="a fox", batch_size=2)
     assert all(map(np.array_equal, after.pictures, without.pictures)) and after.infotexts == without.infotexts
