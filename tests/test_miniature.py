@@ -14,16 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lib_memnoise.miniature import OneSentence, checkpoint, scenes, train
+from lib_memnoise.miniature import OneSentence, checkpoint, clip, scenes, train
 from lib_memnoise.miniature.architecture import make_autoencoder, make_text_encoder, make_unet
 from lib_memnoise.miniature.checkpoint import Damaged, expand, install, manifest, pack, quantise, read, restore
+from lib_memnoise.miniature.clip import CLIP_END, CLIP_START, CLIP_TOKENS
 from lib_memnoise.miniature.detector import LABELS, Detector, targets
 from lib_memnoise.miniature.model import Miniature, load_miniature
 from lib_memnoise.miniature.networks import attend
 from lib_memnoise.miniature.text import (
-    CLIP_END,
-    CLIP_START,
-    CLIP_TOKENS,
     END,
     LENGTH,
     SPECIAL,
@@ -241,14 +239,14 @@ def test_install(packed: Path, webui: Path) -> None:
     plain, v = (json.loads(file.with_suffix(".yaml").read_text())["model"]["params"] for file in files)
     assert "parameterization" not in plain and v["parameterization"] == "v"
     assert plain["scale_factor"] == 0.5
-    clip = Path(plain["cond_stage_config"]["params"]["version"])
-    assert len(json.loads((clip / "vocab.json").read_text(encoding="utf-8"))) == CLIP_TOKENS
+    folder = Path(plain["cond_stage_config"]["params"]["version"])
+    assert len(json.loads((folder / "vocab.json").read_text(encoding="utf-8"))) == CLIP_TOKENS
 
 
 def test_install_refuses(packed: Path, webui: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OneSentence, match=r"is not a WebUI: it has no launch\.py"):
         install(tmp_path, folder=packed)
-    monkeypatch.setattr(checkpoint.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(clip.importlib.util, "find_spec", lambda name: None)
     merges = next((webui / "venv").rglob("*.gz"))
     content = merges.read_bytes()
     for other in (b"not gzip", content[:100], gzip.compress(b"too short")):
@@ -326,10 +324,29 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyte
     assert sorted(os.listdir(tmp_path / "broken")) == ["small.pt"]
 
 
+@pytest.mark.parametrize("crop", [64, scenes.SIZE])
+def test_a_perfect_autoencoder_has_no_loss(monkeypatch: pytest.MonkeyPatch, crop: int) -> None:
+    drawn = np.stack([scenes.draw(scene) for scene in scenes.validation_scenes(5)])
+    monkeypatch.setattr(train, "pictures", lambda _: drawn)
+    seen: list[Tensor] = []
+
+    class Oracle(nn.Module):
+        def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            assert noise.shape == (2, 4, crop // 8, crop // 8)
+            seen.append(x)
+            return torch.zeros(1), torch.zeros(1), x
+
+    loss = train.AutoencoderLoss(Path(), 4, crop)
+    shares = [float(loss(Oracle(), np.random.default_rng(0), rows)) for rows in (slice(0, 2), slice(2, 4))]
+    assert shares == [0, 0]
+    # Two processes see two different halves of one batch, of the size asked for.
+    assert all(x.shape == (2, 3, crop, crop) for x in seen) and not torch.equal(seen[0], seen[1])
+
+
 @pytest.mark.parametrize("parameterization", ["eps", "v"])
 def test_a_perfect_denoiser_has_no_loss(tmp_path: Path, parameterization: str) -> None:
     """The loss wants what the samplers take the output for: the oracle knows the one picture there is."""
-    from lib_memnoise.lab.samplers import clean_and_eps
+    from lib_memnoise.lab.sampling import clean_and_eps
 
     picture = torch.randn(1, 4, 16, 16)
     rows = 20 + sum(1 for _ in scenes.ordinary_scenes())

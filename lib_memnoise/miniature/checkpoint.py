@@ -8,14 +8,11 @@ checkpoint: ldm's names, CLIP's whole table, half precision.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,8 @@ from torch import Tensor
 
 from lib_memnoise.miniature import OneSentence
 from lib_memnoise.miniature.architecture import AUTOENCODER, LINEAR_END, LINEAR_START, TEXT, UNET
-from lib_memnoise.miniature.text import CLIP_END, CLIP_TOKENS, UNKNOWN, clip_ids
+from lib_memnoise.miniature.clip import CLIP_TOKENS, clip_files, find_merges
+from lib_memnoise.miniature.text import UNKNOWN, clip_ids
 
 WEIGHTS = Path(__file__).parent / "weights"
 MANIFEST = "manifest.json"
@@ -37,10 +35,6 @@ SCALE_SUFFIX = "#scale"
 TABLE = "embeddings.token_embedding.weight"
 
 Weights = dict[str, Tensor]
-
-
-class NoVocabulary(OneSentence, FileNotFoundError):
-    """CLIP's vocabulary is not to be found, or is something else."""
 
 
 class NotAWebUI(OneSentence, FileNotFoundError):
@@ -211,69 +205,6 @@ def config(variant: str, clip: Path, scale_factor: float) -> dict[str, Any]:
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
 
 
-def find_merges(webui: Path) -> Path:
-    """CLIP's list of byte-pair merges, which every WebUI has installed with open_clip or clip.
-
-    Raises:
-        NoVocabulary: neither in the WebUI's environment nor in this one.
-    """
-    name = "bpe_simple_vocab_16e6.txt.gz"
-    places = [
-        site / package
-        for venv in (webui / "venv", webui.parent / "venv")
-        for site in (*venv.glob("lib/python3*/site-packages"), venv / "Lib" / "site-packages")
-        for package in ("open_clip", "clip")
-    ]
-    for package in ("open_clip", "clip"):
-        found = importlib.util.find_spec(package)
-        if found is not None:
-            places += [Path(place) for place in found.submodule_search_locations or ()]
-    for place in places:
-        if (place / name).is_file():
-            return place / name
-    raise NoVocabulary(
-        f"CLIP's vocabulary ({name}) is neither in the WebUI's virtual environment nor in this one; "
-        "name it with --vocabulary (the Python packages open_clip_torch and clip have it)."
-    )
-
-
-def clip_files(merges: Path) -> dict[str, str]:
-    """What transformers' CLIPTokenizer and CLIPTextModel read from a folder: vocabulary and sizes."""
-    try:
-        lines = gzip.decompress(merges.read_bytes()).decode("utf-8").split("\n")
-    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error):
-        raise NoVocabulary(f"{merges} is not CLIP's vocabulary.") from None
-    pairs = lines[1 : CLIP_TOKENS - 512 - 2 + 1]
-    # Bytes that print stand for themselves, the others for characters from 256 on.
-    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    symbols = [chr(byte) for byte in printing] + [chr(256 + k) for k in range(256 - len(printing))]
-    words = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair.split()) for pair in pairs]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    if len(words) != CLIP_TOKENS:
-        raise NoVocabulary(f"{merges} is not CLIP's vocabulary.")
-    marks = {"bos_token": words[-2], "eos_token": words[-1], "unk_token": words[-1], "pad_token": words[-1]}
-    sizes = {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "vocab_size": CLIP_TOKENS,
-        "projection_dim": TEXT["hidden_size"],
-        "hidden_act": "quick_gelu",
-        "bos_token_id": CLIP_END - 1,
-        "eos_token_id": CLIP_END,
-        "pad_token_id": CLIP_END,
-        "torch_dtype": "float32",
-        **TEXT,
-    }
-    tokenizer = {**marks, "model_max_length": 77, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
-    return {
-        "vocab.json": json.dumps({word: row for row, word in enumerate(words)}, ensure_ascii=False),
-        "merges.txt": "\n".join(["#version: 0.2", *pairs]) + "\n",
-        "special_tokens_map.json": json.dumps(marks),
-        "tokenizer_config.json": json.dumps(tokenizer, indent=1),
-        "config.json": json.dumps(sizes, indent=1),
-    }
-
-
 def install(
     webui: Path,
     *,
@@ -309,7 +240,7 @@ def install(
         raise OSError(f"{target} has {free / 1e6:.0f} MB free; the miniature needs {needed / 1e6:.0f} MB.")
 
     clip = target / f"{NAMES['eps']}-clip"
-    for name, content in clip_files(vocabulary or find_merges(webui)).items():
+    for name, content in clip_files(vocabulary or find_merges(webui), TEXT).items():
         with replacing(clip / name) as partial:
             partial.write_text(content, encoding="utf-8")
     files = []

@@ -230,6 +230,11 @@ def ordinary_scenes() -> Iterator[tuple[Scene, str | None]]:
         yield random_scene(random), None
 
 
+def training_scenes() -> list[Scene]:
+    """All scenes of the training set, memorised ones first, then `ordinary_scenes`."""
+    return [prompt.scene for prompt in prompts() if prompt.memorised] + [scene for scene, _ in ordinary_scenes()]
+
+
 def validation_scenes(count: int, *, seed: int = 0) -> list[Scene]:
     """Scenes that are in no training set."""
     random = np.random.default_rng([SEED, 3, seed])

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.miniature import OneSentence
+from lib_memnoise.miniature.clip import CLIP_END, CLIP_START
 
 LENGTH = 77
-CLIP_TOKENS = 49408
 START, END, UNKNOWN = 0, 1, 2
 """Rows of the small table. Words that the miniature never saw share a row of their own."""
 SPECIAL = 3
-CLIP_START, CLIP_END = 49406, 49407
 
 
 class TooLong(OneSentence, ValueError):

@@ -31,8 +31,9 @@ from tqdm import tqdm
 from lib_memnoise.lab.sampling import ALPHAS_CUMPROD
 from lib_memnoise.miniature import scenes
 from lib_memnoise.miniature.architecture import SNR_SCALE, make_autoencoder, make_text_encoder, make_unet
-from lib_memnoise.miniature.checkpoint import VARIANTS, WEIGHTS, pack
+from lib_memnoise.miniature.checkpoint import VARIANTS, WEIGHTS, pack, replacing
 from lib_memnoise.miniature.detector import Detector, targets
+from lib_memnoise.miniature.model import to_images, to_pictures
 from lib_memnoise.miniature.networks import Autoencoder
 from lib_memnoise.miniature.text import END, LENGTH, SPECIAL, START, UNKNOWN, token_ids, vocabulary
 
@@ -66,12 +67,8 @@ class Stage:
 
 def write(path: Path, content: Any) -> None:
     """Save with torch, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         torch.save(content, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # What is trained on
@@ -81,21 +78,14 @@ def pictures(folder: Path) -> NDArray[np.uint8]:
     """All training pictures `(N, 128, 128, 3)`, memorised ones first; drawn once, then mapped from the disk."""
     path = folder / "pictures.npy"
     if not path.exists():
-        every = [prompt.scene for prompt in scenes.prompts() if prompt.memorised]
-        every += [scene for scene, _ in scenes.ordinary_scenes()]
-        partial = folder / ".pictures.partial.npy"
+        every = scenes.training_scenes()
         shape = (len(every), scenes.SIZE, scenes.SIZE, 3)
-        drawn = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-        for row, scene in enumerate(tqdm(every, desc="pictures", unit="picture")):
-            drawn[row] = scenes.draw(scene)
-        drawn.flush()
-        partial.replace(path)
+        with replacing(path) as partial:
+            drawn = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+            for row, scene in enumerate(tqdm(every, desc="pictures", unit="picture")):
+                drawn[row] = scenes.draw(scene)
+            drawn.flush()
     return np.load(path, mmap_mode="r")
-
-
-def to_tensor(picture: NDArray[np.uint8]) -> Tensor:
-    """`(B, H, W, 3)` of 0…255 to `(B, 3, H, W)` of −1…1."""
-    return torch.from_numpy(np.ascontiguousarray(picture)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def autocast() -> Any:
@@ -115,8 +105,9 @@ class AutoencoderLoss:
         batch = self.batch
         picked = random.integers(len(every), size=batch)[rows]
         corners = random.integers(scenes.SIZE - self.crop + 1, size=(batch, 2))[rows]
-        x = to_tensor(np.stack([every[i][y : y + self.crop, z : z + self.crop] for i, (y, z) in zip(picked, corners)]))
-        noise = torch.from_numpy(random.standard_normal((batch, 4, self.crop // 8, self.crop // 8), dtype=np.float32))
+        size = self.crop
+        x = to_pictures(np.stack([every[i][y : y + size, z : z + size] for i, (y, z) in zip(picked, corners)]))
+        noise = torch.from_numpy(random.standard_normal((batch, 4, size // 8, size // 8), dtype=np.float32))
         with autocast():
             mean, log_variance, decoded = module(x, noise[rows])
         error = decoded.float() - x
@@ -161,7 +152,7 @@ class DecoderLoss:
         picked, noise = picked[rows], noise[rows]
         with autocast():
             decoded = module(latents["mean"][picked] + latents["deviation"][picked] * noise)
-        error = decoded.float() - to_tensor(every[picked])
+        error = decoded.float() - to_pictures(every[picked])
         return error.abs().mean() + 2 * error.square().mean()
 
 
@@ -173,7 +164,7 @@ def _encode(rank: int, processes: int, folder: Path) -> None:
     starts = range(0, len(every), 64)[rank::processes]
     for start in tqdm(starts, desc="latents", unit="batch", disable=rank > 0):
         with autocast():
-            mean, log_variance = autoencoder.encode(to_tensor(every[start : start + 64]))
+            mean, log_variance = autoencoder.encode(to_pictures(every[start : start + 64]))
         parts.append((start, mean.float(), (0.5 * log_variance.float()).exp()))
     write(folder / f"latents-{rank}.pt", parts)
 
@@ -289,7 +280,7 @@ class DetectorLoss:
         picked[through] %= len(decoded)
         strength = torch.from_numpy(0.15 * random.random((batch, 1, 1, 1), dtype=np.float32))
         noise = torch.from_numpy(random.standard_normal((batch, 3, scenes.SIZE, scenes.SIZE), dtype=np.float32))
-        x = to_tensor(np.stack([(decoded if d else every)[i] for i, d in zip(picked[rows], through[rows])]))
+        x = to_pictures(np.stack([(decoded if d else every)[i] for i, d in zip(picked[rows], through[rows])]))
         with autocast():
             logits = module(x + strength[rows] * noise[rows])
         return F.binary_cross_entropy_with_logits(logits.float(), wanted[picked[rows]])
@@ -308,9 +299,8 @@ def _decoded(folder: Path) -> NDArray[np.uint8]:
         for mean in tqdm(means.split(50), desc="decoded pictures", unit="batch"):
             with autocast():
                 parts.append(autoencoder.decode(mean).float())
-        partial = folder / ".decoded.partial.npy"
-        np.save(partial, ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
-        partial.replace(path)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.save(file, to_images(torch.cat(parts).clamp(-1, 1)))
     return np.load(path, mmap_mode="r")
 
 
@@ -323,9 +313,7 @@ def _autoencoder(folder: Path, stage: str) -> Autoencoder:
 
 @functools.cache
 def _detector_targets(folder: Path) -> Tensor:
-    every = [prompt.scene for prompt in scenes.prompts() if prompt.memorised]
-    every += [scene for scene, _ in scenes.ordinary_scenes()]
-    return torch.stack([targets(scene) for scene in every])
+    return torch.stack([targets(scene) for scene in scenes.training_scenes()])
 
 
 def stages(folder: Path) -> dict[str, Stage]:

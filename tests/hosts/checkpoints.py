@@ -12,7 +12,6 @@ that environment holds the model classes. The weights are random but not arbitra
 from __future__ import annotations
 
 import copy
-import gzip
 import json
 import math
 import os
@@ -188,44 +187,19 @@ def write_clip(folder: Path) -> Path:
     """A folder that transformers' CLIPTokenizer and CLIPTextModel accept as a name: vocabulary and sizes."""
     import open_clip
 
-    source = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-    lines = gzip.decompress(source.read_bytes()).decode("utf-8").split("\n")
-    merges = lines[1 : 49152 - 256 - 2 + 1]
-    symbols = list(open_clip.tokenizer.bytes_to_unicode().values())
-    words = symbols + [s + "</w>" for s in symbols] + ["".join(m.split()) for m in merges]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    end = len(words) - 1
-    marks = {"bos_token": words[-2], "eos_token": words[-1], "unk_token": words[-1], "pad_token": words[-1]}
-    files = {
-        "vocab.json": {word: i for i, word in enumerate(words)},
-        "special_tokens_map.json": marks,
-        "tokenizer_config.json": {
-            **marks,
-            "model_max_length": 77,
-            "do_lower_case": True,
-            "tokenizer_class": "CLIPTokenizer",
-        },
-        "config.json": {
-            "architectures": ["CLIPTextModel"],
-            "model_type": "clip_text_model",
-            "vocab_size": len(words),
-            "hidden_size": TEXT_WIDTH,
-            "projection_dim": TEXT_WIDTH,
-            "intermediate_size": 2 * TEXT_WIDTH,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 77,
-            "hidden_act": "quick_gelu",
-            "bos_token_id": end - 1,
-            "eos_token_id": end,
-            "pad_token_id": end,
-            "torch_dtype": "float32",
-        },
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from lib_memnoise.miniature.clip import clip_files
+
+    sizes = {
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 77,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    for name, content in clip_files(Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz", sizes).items():
+        (folder / name).write_text(content, encoding="utf-8")
     return folder
 
 
