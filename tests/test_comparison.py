@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,26 +12,12 @@ from torch import Tensor
 
 from lib_memnoise.lab import bench, claims, comparison, study
 from lib_memnoise.lab.page import page
-from lib_memnoise.lab.samplers import SAMPLERS, clean_and_eps
-from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar
+from lib_memnoise.lab.samplers import SAMPLERS
+from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar, clean_and_eps
 from lib_memnoise.miniature.checkpoint import MANIFEST, WEIGHTS
 from lib_memnoise.miniature.model import Miniature, load_miniature
 from lib_memnoise.prediction import magnitude
 from lib_memnoise.settings import Settings
-
-ROOT = Path(__file__).resolve().parents[1]
-KEYS = {
-    "method", "settings", "prompts", "images", "similarity", "copied", "alignment", "rows", "backward_rows",
-    "magnitude_before", "magnitude_after", "norm",
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """The command line sets the number of threads of its process, which other tests share."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from scipy import stats
 from torch import Tensor
 
 from lib_memnoise.lab.bench import FirstDelta, make_network, noises
+from lib_memnoise.lab.records import aligned
 from lib_memnoise.lab.study import BATCH, Images, Subject, record, seed_of, study, subjects
 from lib_memnoise.miniature.model import Miniature
 from lib_memnoise.miniature.scenes import ordinary_caption, validation_scenes
@@ -267,12 +268,7 @@ def judge(found: Measured) -> list[Claim]:
 
 def report(found: Measured, claims: Sequence[Claim]) -> str:
     """Points and claims as text."""
-    lines = [f"{'method':22} {'similarity':>10} {'copied':>7} {'alignment':>9} {'rows':>7} {'backward':>8}"]
-    for row in found.points:
-        lines.append(
-            f"{row['method']:22} {row['similarity']:10.3f} {row['copied']:7.2f} {row['alignment']:9.3f} "
-            f"{row['rows']:7.1f} {row['backward_rows']:8.1f}"
-        )
+    lines = aligned(found.points)
     prompts, images = found.none.similarity.shape
     lines += ["", f"{prompts} held-out prompts, {images} images each, at every point.", ""]
     for claim in claims:

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from lib_memnoise.lab.records import aligned
 from lib_memnoise.lab.study import Images, Subject, record, study, subjects
 from lib_memnoise.miniature.model import Miniature
 from lib_memnoise.miniature.scenes import COLOURS, OBJECTS
@@ -94,30 +93,6 @@ def compare(
     return Comparison(list(chosen), results, records)
 
 
-_COLUMNS = (
-    ("method", "method", "{}"),
-    ("copied", "copied", "{:.0%}"),
-    ("similarity", "similarity", "{:.2f}"),
-    ("alignment", "alignment", "{:.2f}"),
-    ("rows", "rows", "{:.1f}"),
-    ("backward_rows", "backward", "{:.1f}"),
-    ("magnitude_before", "|Δ| before", "{:.2f}"),
-    ("magnitude_after", "|Δ| after", "{:.2f}"),
-)
-
-
-def cells(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The records as rows of text under a row of titles."""
-    lines = [[title for _, title, _ in _COLUMNS]]
-    for entry in records:
-        lines.append(["–" if _nothing(entry[key]) else form.format(entry[key]) for key, _, form in _COLUMNS])
-    return lines
-
-
-def _nothing(value: Any) -> bool:
-    return isinstance(value, float) and np.isnan(value)
-
-
 def explanation(records: Sequence[Mapping[str, Any]]) -> list[str]:
     first = records[0]
     return [
@@ -131,10 +106,7 @@ def explanation(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """The records as plain text, with what the columns mean."""
-    lines = cells(records)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-    return "\n".join([STATEMENT, "", *text, "", *explanation(records)])
+    return "\n".join([STATEMENT, "", *aligned(records), "", *explanation(records)])
 
 
 def total(prompts: int, images: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib_memnoise.lab.records import aligned
 from lib_memnoise.lab.sampling import TRAINING_STEPS, ddim, ddim_timesteps
 from lib_memnoise.lab.toy import Toy, correlation, make_toy
 from lib_memnoise.mitigations import METHODS
@@ -156,30 +157,14 @@ def _mean(values: Tensor) -> float:
     return float(values.double().mean())
 
 
-_COLUMNS = (
-    ("method", "method", "{}"),
-    ("copied", "copied", "{:.0%}"),
-    ("similarity", "similarity", "{:.2f}"),
-    ("alignment", "alignment", "{:.2f}"),
-    ("rows", "rows", "{:.1f}"),
-    ("backward_rows", "backward", "{:.1f}"),
-    ("magnitude_before", "|Δ| before", "{:.2f}"),
-    ("magnitude_after", "|Δ| after", "{:.2f}"),
-)
-
-
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """The records as plain text, with what the columns mean."""
-    lines = [[title for _, title, _ in _COLUMNS]]
-    lines += [[form.format(entry[key]) for key, _, form in _COLUMNS] for entry in records]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
     first = records[0]
     return "\n".join(
         [
             STATEMENT,
             "",
-            *text,
+            *aligned(records),
             "",
             f"{first['prompts']} memorised prompts, {first['images']} images each, the same noises for all methods.",
             f"copied: share of images whose similarity is above {COPIED:g}.",

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lib_memnoise.lab.comparison import STATEMENT, Comparison, cells, explanation
+from lib_memnoise.lab.comparison import STATEMENT, Comparison, explanation
+from lib_memnoise.lab.records import cells
 from lib_memnoise.lab.study import references
 from lib_memnoise.miniature.model import to_images
 from lib_memnoise.miniature.yardsticks import COPIED

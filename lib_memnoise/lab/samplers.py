@@ -6,8 +6,7 @@ sampler follows a prediction, the network's native output (ε or v), and does no
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,28 +14,7 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.lab import kdiffusion
-from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar, ddim_timesteps
-
-Predict = Callable[[Tensor, float], Tensor]
-"""`predict(x, t)`: the prediction to follow at the latents x and timestep t, in the shape of x."""
-
-
-def clean_and_eps(x: Tensor, output: Tensor, t: int, parameterization: str) -> tuple[Tensor, Tensor]:
-    """The clean latents and the noise that the network's output at x_t stands for."""
-    a, b = alpha_bar(t) ** 0.5, (1 - alpha_bar(t)) ** 0.5
-    if parameterization == "v":
-        return a * x - b * output, a * output + b * x
-    return (x - b * output) / a, output
-
-
-@torch.no_grad()
-def ddim(predict: Predict, x: Tensor, timesteps: Sequence[int], parameterization: str = "eps") -> Tensor:
-    """Deterministic DDIM (η = 0) from the initial latents x at `timesteps[0]` (descending) to the last timestep."""
-    for t, following in itertools.pairwise(timesteps):
-        clean, eps = clean_and_eps(x, predict(x, t), t, parameterization)
-        a = alpha_bar(following)
-        x = a**0.5 * clean + (1 - a) ** 0.5 * eps
-    return x
+from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, Predict, alpha_bar, ddim_timesteps, follow
 
 
 def _k_model(predict: Predict, parameterization: str) -> Any:
@@ -81,7 +59,7 @@ SAMPLERS: dict[str, Sampler] = {
     "DDIM": Sampler(
         first_timestep=lambda steps: ddim_timesteps(steps)[0],
         first_input=lambda x: x,
-        sample=lambda predict, x, steps, kind: ddim(predict, x, ddim_timesteps(steps), kind),
+        sample=lambda predict, x, steps, kind: follow(predict, x, ddim_timesteps(steps), kind),
     ),
     "Euler": Sampler(
         first_timestep=lambda steps: TRAINING_STEPS - 1,

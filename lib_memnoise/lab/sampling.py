@@ -16,6 +16,9 @@ from lib_memnoise.guidance import guidance_off
 
 TRAINING_STEPS = 1000
 
+Predict = Callable[[Tensor, float], Tensor]
+"""`predict(x, t)`: the prediction to follow at the latents x and timestep t, in the shape of x."""
+
 Eps = Callable[[Tensor, int, bool], Tensor]
 """`eps(x, t, conditional)`: ε_θ(x, t, y) if conditional, else ε_θ(x, t, y_null), in the shape of x."""
 
@@ -46,7 +49,24 @@ def ddim_timesteps(steps: int) -> list[int]:
     return [min(t + 1, TRAINING_STEPS - 1) for t in reversed(grid)]
 
 
+def clean_and_eps(x: Tensor, output: Tensor, t: int, parameterization: str) -> tuple[Tensor, Tensor]:
+    """The clean latents and the noise that the network's output at x_t stands for."""
+    a, b = alpha_bar(t) ** 0.5, (1 - alpha_bar(t)) ** 0.5
+    if parameterization == "v":
+        return a * x - b * output, a * output + b * x
+    return (x - b * output) / a, output
+
+
 @torch.no_grad()
+def follow(predict: Predict, x: Tensor, timesteps: Sequence[int], parameterization: str = "eps") -> Tensor:
+    """Deterministic DDIM (η = 0) from the initial latents x at `timesteps[0]` (descending) to the last timestep."""
+    for t, following in itertools.pairwise(timesteps):
+        clean, eps = clean_and_eps(x, predict(x, t), t, parameterization)
+        a = alpha_bar(following)
+        x = a**0.5 * clean + (1 - a) ** 0.5 * eps
+    return x
+
+
 def ddim(eps: Eps, x: Tensor, timesteps: Sequence[int], tau: float, cfg: float) -> Tensor:
     """Deterministic DDIM (η = 0) with classifier-free guidance held back until τ (Algorithm 1, second loop).
 
@@ -60,11 +80,11 @@ def ddim(eps: Eps, x: Tensor, timesteps: Sequence[int], tau: float, cfg: float) 
     Returns:
         The latents at the last timestep, in the shape and dtype of x.
     """
-    for t, following in itertools.pairwise(timesteps):
-        guided = unconditional = eps(x, t, False)
-        if not guidance_off(t, tau):
-            guided = unconditional + cfg * (eps(x, t, True) - unconditional)
-        a, a_next = alpha_bar(t), alpha_bar(following)
-        clean = (x - (1 - a) ** 0.5 * guided) / a**0.5
-        x = a_next**0.5 * clean + (1 - a_next) ** 0.5 * guided
-    return x
+
+    def guided(x: Tensor, t: float) -> Tensor:
+        unconditional = eps(x, int(t), False)
+        if guidance_off(t, tau):
+            return unconditional
+        return unconditional + cfg * (eps(x, int(t), True) - unconditional)
+
+    return follow(guided, x, timesteps)
