@@ -112,6 +112,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         # The reader has seen enough (`| head`). Python flushes once more on its way out: into nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        hint = 'python -m pip install ".[demo]" installs what this command needs.'
+        raise SystemExit(f"memnoise: the package {error.name} is missing; {hint}") from None
 
 
 if __name__ == "__main__":

@@ -296,6 +296,24 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]
     assert error.startswith("python -m lib_memnoise") and error.count("\n") == 1
 
 
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "lib_memnoise.miniature.train", raising=False)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(SystemExit, match=r"^memnoise: the package tqdm is missing; .*\[demo\]") as stopped:
+        main(["miniature", "train", str(tmp_path / "work")])
+    assert str(stopped.value).count("\n") == 0 and not list(tmp_path.iterdir())
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "compare", stop)
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo"])
+    assert stopped.value.code == 130
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])
