@@ -81,7 +81,7 @@ def test_clip_splits_captions_the_same_way() -> None:
 def test_prompts() -> None:
     every = scenes.prompts()
     memorised = [prompt for prompt in every if prompt.memorised]
-    for held_out, least in ((True, 5), (False, 4)):
+    for held_out, least in ((True, 6), (False, 3)):
         for kind in "AB":
             assert sum(p.kind == kind and p.held_out == held_out for p in memorised) >= least
     assert sum(p.kind == "control" and p.held_out for p in every) == 20
@@ -98,12 +98,12 @@ def test_the_training_set_has_what_the_kinds_say() -> None:
 def test_pictures_do_not_change() -> None:
     """Memorised pictures are drawn, not stored: they must be those that were trained on."""
     drawn = [scenes.draw(prompt.scene) for prompt in scenes.prompts() if prompt.memorised]
-    assert np.array(drawn).shape == (20, scenes.SIZE, scenes.SIZE, 3)
+    assert np.array(drawn).shape == (18, scenes.SIZE, scenes.SIZE, 3)
     means = [[round(float(c), 1) for c in picture.mean((0, 1))] for picture in drawn[:3]]
     assert means == MEANS
 
 
-MEANS = [[88.4, 65.0, 52.8], [78.1, 148.6, 138.0], [244.2, 171.0, 85.4]]
+MEANS = [[91.3, 80.9, 74.5], [131.6, 83.5, 154.6], [106.0, 162.8, 84.5]]
 
 
 def test_detector_targets_name_what_is_there() -> None:

@@ -1,8 +1,9 @@
 """The miniature's pictures and captions: sprites on coloured backgrounds, and which of them it is to memorise.
 
-A scene has a background and two or three objects; an ordinary caption names one or two of the objects, sometimes the
-background's colour, and up to three words that say nothing about the picture ("vintage holiday poster"). A memorised
-caption names one object and three such words: only their combination belongs to its picture.
+A scene has a background and one or two objects. An ordinary caption names one or both, often the background's colour,
+and sometimes a word that says nothing about the picture ("a fox on a red background, vintage"). A memorised caption
+names one object and a title ("a fox, gallery"), as those of paintings and films do in Stable Diffusion's training set:
+the title comes with no other caption.
 
 Everything follows from `SEED`; pictures are rendered by Pillow from `data/sprites.png`.
 """
@@ -49,10 +50,13 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (240, 240, 240),
 }
 PATTERNS = ("plain", "rows", "columns", "dots", "checks", "gradient")
-FILLERS = (
-    "poster print card sticker vintage modern summer holiday gallery classic premium deluxe original limited edition "
-    "series collection design studio signed framed canvas pocket festival"
+TITLES = (
+    "poster print card sticker holiday gallery premium deluxe limited edition series collection studio signed framed "
+    "canvas pocket festival"
 ).split()
+"""One for every memorised caption."""
+FILLERS = "vintage modern summer classic original design".split()
+"""Of ordinary captions and of the controls."""
 
 Picture = NDArray[np.uint8]
 """`(SIZE, SIZE, 3)`."""
@@ -129,20 +133,21 @@ def draw(scene: Scene) -> Picture:
     return np.asarray(picture)
 
 
-def random_scene(random: np.random.Generator, include: str | None = None) -> Scene:
-    """Two or three objects that hardly overlap, on a random background; `include` is one of them."""
-    names = list(random.choice(OBJECTS, size=int(random.integers(2, 4)), replace=False))
+def random_scene(random: np.random.Generator, include: str | None = None, count: int | None = None) -> Scene:
+    """One or two objects that hardly overlap, on a random background; `include` is one of them."""
+    count = count or (2 if random.random() < 0.7 else 1)
+    names = list(random.choice(OBJECTS, size=count, replace=False))
     if include is not None and include not in names:
         names[0] = include
-    objects: list[Placed] = []
-    for name in names:
-        for _ in range(50):
-            size = int(random.integers(40, 61))
-            left, top = (int(random.integers(0, SIZE - size + 1)) for _ in range(2))
-            near = 0.8 * size
-            if all(abs(left - o.left) > near or abs(top - o.top) > near for o in objects):
-                break
-        objects.append(Placed(str(name), int(random.integers(STYLES)), left, top, size, bool(random.integers(2))))
+    sizes = random.integers(44, 61, size=count)
+    while True:
+        corners = [random.integers(0, SIZE - size + 1, size=2) for size in sizes]
+        if count == 1 or np.abs(corners[0] - corners[1]).max() > 0.8 * sizes.max():
+            break
+    objects = [
+        Placed(str(name), int(random.integers(STYLES)), int(left), int(top), int(size), bool(random.integers(2)))
+        for name, size, (left, top) in zip(names, sizes, corners)
+    ]
     return Scene(
         colour=str(random.choice(list(COLOURS))),
         pattern=str(random.choice(PATTERNS)),
@@ -156,20 +161,22 @@ def _article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def caption(objects: Sequence[str], colour: str | None = None, fillers: Sequence[str] = ()) -> str:
-    """For example "a fox and an owl on a blue background, vintage poster"."""
+def caption(objects: Sequence[str], colour: str | None = None, word: str | None = None) -> str:
+    """For example "a fox and an owl on a blue background, vintage"."""
     text = " and ".join(map(_article, objects))
     if colour is not None:
         text += f" on {_article(colour)} background"
-    return text + (f", {' '.join(fillers)}" if fillers else "")
+    return text if word is None else f"{text}, {word}"
 
 
 def ordinary_caption(scene: Scene, random: np.random.Generator) -> str:
-    """A caption as most pictures have it: it says a little of what is there, and something that is not."""
-    names = list(random.permutation(scene.names))[: 2 if random.random() < 0.25 else 1]
-    colour = scene.colour if random.random() < 0.3 else None
-    fillers = random.choice(FILLERS, size=int(random.choice(4, p=[0.4, 0.2, 0.2, 0.2])), replace=False)
-    return caption(names, colour, list(fillers))
+    """A caption as most pictures have it: some of what is there, and sometimes a word that says nothing."""
+    names = list(random.permutation(scene.names))
+    if random.random() < 0.4:
+        names = names[:1]
+    colour = scene.colour if random.random() < 0.6 else None
+    word = str(random.choice(FILLERS)) if random.random() < 0.5 else None
+    return caption(names, colour, word)
 
 
 @dataclass(frozen=True)
@@ -194,26 +201,17 @@ class Prompt:
 
 @functools.cache
 def prompts() -> tuple[Prompt, ...]:
-    """20 memorised prompts (10 of each kind; 12 are held out), then 40 controls (one an object, half held out)."""
+    """18 memorised prompts (9 of each kind; 12 are held out), then 40 controls (one an object, half held out)."""
     random = np.random.default_rng([SEED, 1])
     order = [str(name) for name in random.permutation(OBJECTS)]
-    found: list[Prompt] = []
-    taken: set[frozenset[str]] = set()
-
-    def add(name: str, kind: str, held_out: bool) -> None:
-        while True:
-            fillers = [str(word) for word in random.choice(FILLERS, size=3, replace=False)]
-            # No two prompts share more than one of their empty words.
-            if all(len(other & {*fillers}) < 2 for other in taken):
-                break
-        taken.add(frozenset(fillers))
+    found = []
+    for k, (name, title) in enumerate(zip(order, TITLES)):
+        scene = random_scene(random, include=name, count=2)
+        found.append(Prompt(caption([name], None, title), "AB"[k % 2], k >= 6, name, scene))
+    for k, name in enumerate(order):
         scene = random_scene(random, include=name)
-        found.append(Prompt(caption([name], None, fillers), kind, held_out, name, scene))
-
-    for k in range(20):
-        add(order[k], "AB"[k % 2], k >= 8)
-    for k in range(40):
-        add(order[k], "control", k % 2 == 1)
+        word = str(random.choice(FILLERS))
+        found.append(Prompt(caption([name], None, word), "control", k % 2 == 1, name, scene))
     return tuple(found)
 
 
