@@ -325,7 +325,7 @@ def stages(folder: Path) -> dict[str, Stage]:
         "crops": Stage("crops", 1000, 16, 1e-3, TrainableAutoencoder, AutoencoderLoss(folder, 16, 64), ema=0.99),
         "autoencoder": Stage(
             "autoencoder",
-            450,
+            1700,
             8,
             1e-3,
             TrainableAutoencoder,
