@@ -22,7 +22,8 @@ from lib_memnoise.generation import REPORT_KEYS, Generation, ImageReport, report
 from lib_memnoise.guidance import guidance_off
 from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.gate import Gate
-from lib_memnoise.host.predictor import Cond, Interrupted, Unsupported, empty_prompt, make_predictor
+from lib_memnoise.host.predictor import Interrupted, Unsupported, empty_prompt, make_predictor
+from lib_memnoise.host.rows import Cond
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.mitigations.outcome import Outcome, run
 from lib_memnoise.settings import INFOTEXT, Settings, preset_for, to_infotext
@@ -136,6 +137,7 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
             reference=settings.reference,
             empty=empty,
             expected_t=t,
+            answers=predictor.answers,
             fail_instead=generation.fail_instead,
         )
         setattr(p.sampler.model_wrap_cfg, GATE, gate)

@@ -1,4 +1,7 @@
-"""Holds guidance back while t > τ: in those steps the sampler is given the unconditional prediction alone."""
+"""Holds guidance back while t > τ: in those steps the sampler is given the unconditional prediction alone.
+
+And counts what the sampler evaluates, and spares it what has been evaluated.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from torch import Tensor
 
 from lib_memnoise.generation import ImageReport
 from lib_memnoise.guidance import guidance_off
-from lib_memnoise.host.predictor import Cond, conditioning, follows_negative, pad_unconditional, select_rows
+from lib_memnoise.host.handover import Answers, Handover
+from lib_memnoise.host.predictor import conditioning, follows_negative, pad_unconditional
+from lib_memnoise.host.rows import Cond, select_rows
 
 
 class Gate:
@@ -34,6 +39,7 @@ class Gate:
         reference: str,
         empty: Callable[[], Cond],
         expected_t: float,
+        answers: Answers,
         fail_instead: bool,
     ) -> None:
         self.p = p
@@ -42,7 +48,9 @@ class Gate:
         self.reference = reference
         self.empty = empty
         self.expected_t: float | None = expected_t
+        self.answers = answers
         self.fail_instead = fail_instead
+        self.steps = 0
         self.inner: Any = None
         self.error: Exception | None = None
         self._owners: list[int] = []
@@ -59,6 +67,9 @@ class Gate:
         self.inner = denoiser.inner_model
         self._forward = self.inner.forward
         self.inner.forward = self.forward
+        self._handover = Handover(self.inner.inner_model, self.answers)
+        # Beside the module of this name, which stays where it is.
+        self.inner.__dict__["inner_model"] = self._handover
 
     def begin_step(self, params: Any) -> None:
         """Called by the host before each evaluation (`on_cfg_denoiser`)."""
@@ -66,6 +77,9 @@ class Gate:
         if denoiser.inner_model is not self.inner:
             self.install(denoiser)
         self._owners, self._off, self._outputs, self._offset = [], set(), {}, 0
+        self.steps += 1
+        if self.steps > 1:
+            self.answers.of_image.clear()
         if self.error is not None:
             return
         try:
@@ -115,13 +129,18 @@ class Gate:
         if self.error is not None and self.fail_instead:
             raise self.error
         self._evaluate_off(owners, sigma)
-        on = [row for row, image in enumerate(owners) if image not in self._off]
-        for row in on:
-            self.reports[owners[row]].forward_rows += 1
         if not self._off:
-            return self._forward(x, sigma, **kwargs)
-        guided = iter(self._forward(x[on], sigma[on], **select_rows(kwargs, on)) if on else ())
+            return self._ask(owners, x, sigma, **kwargs)
+        on = [row for row, image in enumerate(owners) if image not in self._off]
+        guided = iter(self._ask([owners[row] for row in on], x[on], sigma[on], **select_rows(kwargs, on)) if on else ())
         return torch.stack([self._outputs[image] if image in self._off else next(guided) for image in owners])
+
+    def _ask(self, images: list[int], x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        """The host's own network wrapper, for rows of these images; those that the network sees are counted."""
+        out: Tensor = self._forward(x, sigma, **kwargs)
+        for image, known in zip(images, self._handover.known):
+            self.reports[image].forward_rows += not known
+        return out
 
     def _evaluate_off(self, owners: list[int], sigma: Tensor) -> None:
         images = sorted(self._off.intersection(owners).difference(self._outputs))
@@ -129,10 +148,8 @@ class Gate:
             return
         cond = conditioning(select_rows(self._uncond, images), self._image_uncond[images], unconditional=True)
         rows = [owners.index(image) for image in images]
-        out = self._forward(self._latents[images], sigma[rows], cond=cond)
-        for image, output in zip(images, out):
-            self._outputs[image] = output
-            self.reports[image].forward_rows += 1
+        out = self._ask(images, self._latents[images], sigma[rows], cond=cond)
+        self._outputs.update(zip(images, out))
 
 
 def timestep_of(denoiser: Any, sigma: Tensor) -> float:

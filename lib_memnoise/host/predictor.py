@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +11,9 @@ from modules import devices, prompt_parser, shared
 from torch import Tensor
 
 from lib_memnoise.generation import ImageReport
+from lib_memnoise.host.handover import Answer, Answers, network_state
+from lib_memnoise.host.rows import Cond, select_rows
 from lib_memnoise.prediction import Delta, magnitude, per_image
-
-Cond = Any
-"""A condition as the host holds it: a tensor `(rows, tokens, width)`, or a dict of tensors (SDXL)."""
 
 
 class Interrupted(Exception):
@@ -29,18 +28,6 @@ def raise_if_interrupted() -> None:
     # A direct call of the network bypasses the host's own check.
     if shared.state.interrupted or shared.state.skipped:
         raise Interrupted
-
-
-def select_rows(value: Any, rows: Sequence[int]) -> Any:
-    """The given rows of a tensor, or of every tensor in nested lists and dicts."""
-    if isinstance(value, Tensor):
-        return value[list(rows)]
-    if isinstance(value, Mapping):
-        selected = {key: select_rows(entry, rows) for key, entry in value.items()}
-        return prompt_parser.DictWithShape(selected) if hasattr(value, "shape") else selected
-    if isinstance(value, list):
-        return [select_rows(entry, rows) for entry in value]
-    return value
 
 
 def tokens(cond: Cond) -> int:
@@ -163,6 +150,10 @@ class Predictor:
     uncond: Cond
     image_cond: Tensor
     reports: list[ImageReport]
+    images: list[int]
+    """Which images of the batch these are."""
+    answers: Answers
+    """Takes what the sampler may ask again."""
 
     def select(self, images: list[int]) -> Delta:
         return replace(
@@ -171,6 +162,7 @@ class Predictor:
             uncond=select_rows(self.uncond, images),
             image_cond=self.image_cond[images],
             reports=[self.reports[i] for i in images],
+            images=[self.images[i] for i in images],
             step=self.step
             if not isinstance(self.step.base, Tensor)
             else replace(self.step, base=self.step.base[images]),
@@ -187,10 +179,11 @@ class Predictor:
         unconditional = conditioning(self.uncond, self.image_cond, unconditional=True)
         if tokens(cond) == tokens(self.uncond) and getattr(shared.opts, "batch_cond_uncond", True):
             out = self._network(torch.cat([inputs[owners], inputs]), _joined(conditional, unconditional))
-            out_cond, out_uncond = out.split([len(owners), len(images)])
+            native_cond, native_uncond = out.split([len(owners), len(images)])
         else:
-            out_cond = self._network(inputs[owners], conditional)
-            out_uncond = self._network(inputs, unconditional)
+            native_cond = self._network(inputs[owners], conditional)
+            native_uncond = self._network(inputs, unconditional)
+        out_cond, out_uncond = native_cond.float(), native_uncond.float()
 
         delta = torch.zeros_like(out_uncond)
         weights = [weight for part in self.parts for _, weight in part]
@@ -201,9 +194,27 @@ class Predictor:
         for report, part, measured in zip(self.reports, self.parts, value):
             report.forward_rows += len(part) + 1
             report.before = measured if report.before is None else report.before
+        self._keep(value, inputs, owners, (conditional, native_cond), (unconditional, native_uncond))
         if delta.requires_grad:
             delta.register_hook(self._count_backward)
         return delta
+
+    def _keep(
+        self,
+        value: list[float],
+        inputs: Tensor,
+        owners: list[int],
+        conditional: tuple[dict[str, Any], Tensor],
+        unconditional: tuple[dict[str, Any], Tensor],
+    ) -> None:
+        self.answers.state = network_state()
+        t = self.step.timestep[0]
+        rows: list[list[Answer]] = [[] for _ in value]
+        for (cond, out), every in ((conditional, owners), (unconditional, range(len(value)))):
+            for row, image in enumerate(every):
+                rows[image].append(Answer(inputs[image].detach(), t, select_rows(cond, [row]), out[row].detach()))
+        for image, measured, kept in zip(self.images, value, rows):
+            self.answers.keep(image, measured, kept)
 
     def _count_backward(self, gradient: Tensor) -> None:
         raise_if_interrupted()
@@ -213,7 +224,8 @@ class Predictor:
 
     def _network(self, inputs: Tensor, cond: dict[str, Any]) -> Tensor:
         timestep = self.step.timestep.expand(inputs.shape[0])
-        return shared.sd_model.apply_model(inputs, timestep, cond=cond).float()
+        out: Tensor = shared.sd_model.apply_model(inputs, timestep, cond=cond)
+        return out
 
 
 def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,4 +257,6 @@ def make_predictor(
         uncond=uncond,
         image_cond=p.txt2img_image_conditioning(x),
         reports=reports,
+        images=list(range(len(parts))),
+        answers=Answers(),
     )

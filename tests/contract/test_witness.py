@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.contract.conftest import HOSTS, Run, Studio, open_host
+from tests.contract.conftest import HOSTS, ROUNDING, Run, Studio, close, open_host
 from tests.hosts.checkpoints import TEXT_WIDTH
 
 WITNESS = Path(__file__).resolve().parents[1] / "hosts" / "witness"
@@ -142,6 +142,57 @@ def test_with_a_textual_inversion(real: Studio, numbers: tuple[dict[str, Any], d
     finally:
         file.unlink()
         reload()
+
+
+PER_SAMPLE = {"method": "per_sample", "lr": 0.05, "target": 0.9, "target_kind": "fraction"}
+
+
+def with_and_without_handover(studio: Studio, settings: dict[str, Any], **payload: Any) -> tuple[Run, Run]:
+    """The second run's network is another function while the noise is adjusted, for all that memnoise knows."""
+    runs = []
+    for fault in ("", "none"):
+        scripts = {"memnoise": {"args": [True, settings]}, "witness": {"args": ["", fault]}}
+        answer = studio.answer(alwayson_scripts=scripts, **payload)
+        assert answer.status == 200, answer.detail
+        runs.append(Run(answer.images, answer.infotexts, answer.info, payload.get("batch_size", 1)))
+        assert runs[-1].read("Memnoise failed") is None
+    return runs[0], runs[1]
+
+
+@pytest.mark.parametrize("model", ["sd1", "sd2-v", "sdxl", "sd1-inpainting"])
+@pytest.mark.parametrize("sampler", ["DDIM", "UniPC", "Euler", "DPM++ 2M SDE", "LCM"])
+def test_the_last_answers_are_the_samplers_first(studio: Studio, model: str, sampler: str) -> None:
+    studio.host.load(model)
+    payload = {"sampler_name": sampler, "cfg_scale": 5}
+    short, plain = with_and_without_handover(studio, PER_SAMPLE, **payload)
+    assert np.array_equal(short.pictures[0], plain.pictures[0])
+    assert short.number("rows") == plain.number("rows") - 2
+    # AND has more rows an image; images that end at different steps were last evaluated in other batches.
+    payload |= {"prompt": "a fox AND snow :0.5", "batch_size": 3}
+    short, plain = with_and_without_handover(studio, PER_SAMPLE, **payload)
+    for image in range(3):
+        assert close(short.pictures[image], plain.pictures[image]) < ROUNDING
+        assert short.number("rows", image) == plain.number("rows", image) - 3
+    studio.host.load("sd1")
+
+
+def test_rows_that_differ_are_evaluated(studio: Studio) -> None:
+    # The sampler's unconditional row has the negative prompt, the adjustment's has not.
+    negative = {"negative_prompt": "blurry"}
+    short, plain = with_and_without_handover(studio, PER_SAMPLE, **negative)
+    assert close(short.pictures[0], plain.pictures[0]) < ROUNDING
+    assert short.number("rows") == plain.number("rows") - 1
+    # Batch-wise leaves the noise where nothing was evaluated.
+    short, plain = with_and_without_handover(studio, {"tau": 999})
+    assert np.array_equal(short.pictures[0], plain.pictures[0]) and short.number("rows") == plain.number("rows")
+
+
+def test_token_merging_makes_the_network_another(studio: Studio) -> None:
+    if not studio.is_real:
+        pytest.skip("the double has no token merging")
+    with studio.options({"token_merging_ratio": 0.5}):
+        short, plain = with_and_without_handover(studio, PER_SAMPLE, width=128, height=128)
+    assert np.array_equal(short.pictures[0], plain.pictures[0]) and short.number("rows") == plain.number("rows")
 
 
 FAULTS = {

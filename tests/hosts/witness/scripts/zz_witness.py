@@ -1,7 +1,8 @@
 """A second extension, for tests: works out on its own what the adjusted noise should be, and can break the network.
 
 Its two arguments are JSON texts. The first holds the settings to reproduce; the distance between the noise that
-memnoise left and its own goes into the infotext. The second names a fault for evaluations outside of sampling.
+memnoise left and its own goes into the infotext. The second names a fault for evaluations outside of sampling;
+"none" replaces the network's function by one that does the same.
 """
 
 from __future__ import annotations

@@ -1,0 +1,107 @@
+"""Hands the network's last answers on to the sampler, whose first question is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from modules import shared
+from torch import Tensor
+
+from lib_memnoise.host.rows import select_rows
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One network row: what went in, and the network's native output. No batch dimension but in `cond`."""
+
+    x: Tensor
+    t: Tensor
+    cond: Any
+    out: Tensor
+
+    def is_to(self, x: Tensor, t: Tensor, cond: Any) -> bool:
+        """Whether this very row is asked for again."""
+        return equal(self.t, t) and equal(self.x, x) and equal(self.cond, cond)
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether nested lists and dicts of tensors are the same, to the bit."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, Mapping):
+        return (
+            isinstance(second, Mapping)
+            and first.keys() == second.keys()
+            and all(equal(value, second[key]) for key, value in first.items())
+        )
+    if isinstance(first, list):
+        return isinstance(second, list) and len(first) == len(second) and all(map(equal, first, second))
+    return bool(first == second)
+
+
+def network_state() -> tuple[Any, ...]:
+    """What besides its input a network's answer depends on: equal states, equal answers.
+
+    Extensions put functions of their own in these places, and token merging is off during gradients.
+    """
+    model = shared.sd_model
+    return (
+        model.apply_model,
+        model.model.forward,
+        model.model.diffusion_model.forward,
+        getattr(model, "applied_token_merged_ratio", 0),
+    )
+
+
+@dataclass
+class Answers:
+    """The rows of each image's smallest Δ: those of the noise that it is left with."""
+
+    of_image: dict[int, tuple[float, list[Answer]]] = field(default_factory=dict)
+    state: tuple[Any, ...] = ()
+
+    def keep(self, image: int, magnitude: float, rows: list[Answer]) -> None:
+        if image not in self.of_image or magnitude <= self.of_image[image][0]:
+            self.of_image[image] = magnitude, rows
+
+    def find(self, x: Tensor, t: Tensor, cond: Any) -> Tensor | None:
+        every = (answer for _, rows in self.of_image.values() for answer in rows)
+        return next((answer.out for answer in every if answer.is_to(x, t, cond)), None)
+
+
+class Handover:
+    """Stands in front of the checkpoint's model, for one pass's network wrapper, and knows some answers already."""
+
+    def __init__(self, model: Any, answers: Answers) -> None:
+        self._model = model
+        self._answers = answers
+        self.known: list[bool] = []
+        """Which rows of the last call were known."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def apply_model(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # The wrappers give the condition by place or by name, and nothing else.
+        conds = [*args, *kwargs.values()]
+        outputs = self._known(x, t, conds[0]) if len(conds) == 1 else [None] * len(x)
+        self.known = [output is not None for output in outputs]
+        rest = [row for row, known in enumerate(self.known) if not known]
+        if len(rest) == len(x):
+            result: Tensor = self._model.apply_model(x, t, *args, **kwargs)
+            return result
+        if rest:
+            asked = self._model.apply_model(
+                x[rest], t[rest], *select_rows(list(args), rest), **select_rows(kwargs, rest)
+            )
+            for row, output in zip(rest, asked):
+                outputs[row] = output
+        return torch.stack([output for output in outputs if output is not None])
+
+    def _known(self, x: Tensor, t: Tensor, cond: Any) -> list[Tensor | None]:
+        if not self._answers.of_image or self._answers.state != network_state():
+            return [None] * len(x)
+        return [self._answers.find(x[row], t[row], select_rows(cond, [row])) for row in range(len(x))]
