@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from modules import devices, errors, processing, sd_models, shared
+from modules import devices, errors, processing, shared
 from torch import Tensor
 
 from lib_memnoise.generation import REPORT_KEYS, Generation, ImageReport, report_infotext
 from lib_memnoise.guidance import guidance_off
 from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.gate import Gate
+from lib_memnoise.host.gradients import frozen_network, is_out_of_memory, run_leanly
 from lib_memnoise.host.predictor import Interrupted, Unsupported, empty_prompt, make_predictor
 from lib_memnoise.host.rows import Cond
 from lib_memnoise.mitigations import METHODS
@@ -112,9 +113,14 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
     try:
         raise_if_unsupported(generation.settings)
         settings = generation.settings.resolved(generation.preset)
-        with left_as_it_was(p), network_ready(settings):
+        with left_as_it_was(p):
+            shared.state.textinfo = "Memnoise: adjusting the noise"
             predictor = make_predictor(p, x, c, uc, reference=settings.reference, reports=reports, empty=empty)
-            outcome = run(noise, predictor, settings, parameterization=parameterization())
+            if METHODS[settings.method].needs_gradient:
+                with frozen_network():
+                    outcome = run_leanly(noise, predictor, settings, parameterization=parameterization())
+            else:
+                outcome = run(noise, predictor, settings, parameterization=parameterization())
     except Interrupted:
         for report in reports:
             report.note("interrupted before the noise was adjusted")
@@ -161,7 +167,7 @@ def fill_reports(reports: list[ImageReport], outcome: Outcome) -> None:
 def fail(p: Any, generation: Generation, reports: list[ImageReport], error: Exception) -> None:
     """The image comes without mitigation and says why, or the request fails if that was asked for."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if is_out_of_memory(error):
         reason = "out of memory while adjusting the noise"
     if not isinstance(error, Unsupported):
         errors.report("memnoise: the noise could not be adjusted", exc_info=True)
@@ -224,27 +230,6 @@ def left_as_it_was(p: Any) -> Iterator[None]:
             p.extra_generation_params.clear()
             p.extra_generation_params.update(params)
             shared.state.textinfo = None
-
-
-@contextlib.contextmanager
-def network_ready(settings: Settings) -> Iterator[None]:
-    """For gradients: weights frozen (only x needs one) and token merging off (its gradient is wrong)."""
-    shared.state.textinfo = "Memnoise: adjusting the noise"
-    if not METHODS[settings.method].needs_gradient:
-        yield
-        return
-    model = shared.sd_model
-    weights = [weight for weight in model.model.parameters() if weight.requires_grad]
-    merging = getattr(model, "applied_token_merged_ratio", 0)
-    try:
-        for weight in weights:
-            weight.requires_grad_(False)
-        sd_models.apply_token_merging(model, 0)
-        yield
-    finally:
-        sd_models.apply_token_merging(model, merging)
-        for weight in weights:
-            weight.requires_grad_(True)
 
 
 def on_cfg_denoiser(params: Any) -> None:

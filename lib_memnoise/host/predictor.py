@@ -155,6 +155,11 @@ class Predictor:
     answers: Answers
     """Takes what the sampler may ask again."""
 
+    @property
+    def rows(self) -> int:
+        """Network rows of one evaluation."""
+        return sum(len(part) + 1 for part in self.parts)
+
     def select(self, images: list[int]) -> Delta:
         return replace(
             self,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lib_memnoise.prediction import NORM_BOUND, Delta, norm_ratio
+from lib_memnoise.prediction import NORM_BOUND, Delta, norm_ratio, select
 from lib_memnoise.settings import Settings, size_factor
 
 
@@ -55,3 +55,25 @@ def run(x: Tensor, delta: Delta, settings: Settings, *, parameterization: str) -
                 f"the adjusted noise has {norm:.3f} times its usual length and may look wrong"
             )
     return outcome
+
+
+def run_each(x: Tensor, delta: Delta, settings: Settings, *, parameterization: str) -> Outcome:
+    """`run`, one image at a time: the least memory. Every image is on its own in any case."""
+    images = [run(x[i : i + 1], select(delta, [i]), settings, parameterization=parameterization) for i in range(len(x))]
+
+    def joined(name: str) -> Tensor | None:
+        values = [getattr(image, name) for image in images]
+        return None if any(value is None for value in values) else torch.cat(values)
+
+    latents = joined("x")
+    assert latents is not None
+    return Outcome(
+        latents,
+        before=joined("before"),
+        after=joined("after"),
+        steps=joined("steps"),
+        norm=joined("norm"),
+        used=images[0].used,
+        notes={i: image.notes[0] for i, image in enumerate(images) if image.notes},
+        failed={i: image.failed[0] for i, image in enumerate(images) if image.failed},
+    )

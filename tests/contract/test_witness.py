@@ -218,6 +218,29 @@ def test_a_failure_never_costs_the_image(studio: Studio, fault: str, method: str
     assert np.array_equal(studio.run(batch_size=2).pictures[0], plain.pictures[0])
 
 
+@pytest.mark.parametrize("calls", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_out_of_memory_is_tried_again_leaner(studio: Studio, batch: int, calls: int) -> None:
+    """The network's first evaluations fail: the noise is adjusted all the same, or the image comes as it was."""
+    plain, mitigated = (studio.run(settings, batch_size=batch) for settings in (None, PER_SAMPLE))
+    scripts = {"memnoise": {"args": [True, PER_SAMPLE]}, "witness": {"args": ["", f"out of memory {calls} times"]}}
+    answer = studio.answer(alwayson_scripts=scripts, batch_size=batch)
+    run = Run(answer.images, answer.infotexts, answer.info, batch)
+    succeeds = calls <= batch
+    for image in range(batch):
+        assert run.read("Frozen", image) == "0"
+        expected = mitigated if succeeds else plain
+        assert close(run.pictures[image], expected.pictures[image]) < (ROUNDING if succeeds else 1e-9)
+        assert (run.read("Memnoise failed", image) is None) == succeeds
+        note, used = (run.read(f"Memnoise {key}", image) or "" for key in ("note", "used"))
+        assert "adjusted again, checkpointed" in note
+        assert ("one image at a time" in note) == (batch == 2 and calls > 1)
+        if succeeds:
+            assert used.split("gradient=")[1].split()[0] == (
+                "checkpointed" if calls == 1 else "checkpointed,_one_image_at_a_time"
+            )
+
+
 @pytest.mark.parametrize("method", ["batch_wise", "per_sample"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_or_the_request_fails_if_that_was_asked_for(studio: Studio, fault: str, method: str) -> None:

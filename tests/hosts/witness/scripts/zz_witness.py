@@ -100,7 +100,7 @@ class Witness(scripts.Script):
         def apply_model(x, *args, **kw):
             nonlocal calls
             calls += 1
-            if fault == "out of memory":
+            if fault == "out of memory" or (fault.startswith("out of memory ") and calls <= int(fault.split()[3])):
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
             if fault == "error":
                 raise RuntimeError("the network is not in the mood")

@@ -1,0 +1,106 @@
+"""Gradients with respect to the noise in the host's network: nothing else gets one, and as lean as memory asks for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from enum import IntEnum
+
+import torch
+from modules import devices, sd_models, shared
+from torch import Tensor
+
+from lib_memnoise.checkpointing import checkpointed
+from lib_memnoise.host.predictor import Predictor
+from lib_memnoise.mitigations.outcome import Outcome, run, run_each
+from lib_memnoise.settings import Settings
+
+
+class Lean(IntEnum):
+    """Ways to compute the gradient, each with less memory than the one before."""
+
+    PLAIN = 0
+    CHECKPOINTED = 1
+    """Blocks are evaluated again in the backward pass."""
+    ONE_BY_ONE = 2
+    """And the images of a batch one after the other."""
+
+
+WORDS = {Lean.CHECKPOINTED: "checkpointed", Lean.ONE_BY_ONE: "checkpointed, one image at a time"}
+
+KEPT = {Lean.PLAIN: 85_000, Lean.CHECKPOINTED: 20_000}
+"""Numbers kept for the backward pass, for each row and each pixel of the latent, in a U-Net of SD 1.4's shape
+(`benchmarks/gradient.py kept`; checkpointed: 6,500, and the block that is evaluated again). Others differ; where this
+is too low, running out of memory is what tells."""
+
+
+@contextlib.contextmanager
+def frozen_network() -> Iterator[None]:
+    """Weights frozen (only x needs a gradient) and token merging off (its gradient is wrong)."""
+    model = shared.sd_model
+    weights = [weight for weight in model.model.parameters() if weight.requires_grad]
+    merging = getattr(model, "applied_token_merged_ratio", 0)
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        sd_models.apply_token_merging(model, 0)
+        yield
+    finally:
+        sd_models.apply_token_merging(model, merging)
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be had; infinite where there is no telling."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    if device.type == "cpu":
+        with contextlib.suppress(ImportError):  # the host has it
+            import psutil
+
+            return float(psutil.virtual_memory().available)
+    return float("inf")
+
+
+def first_attempt(x: Tensor, rows: int, free: float) -> Lean:
+    """The fastest way whose estimated memory is there. x: the latents; rows: network rows evaluated at once."""
+    size = 2 if devices.dtype_unet in (torch.float16, torch.bfloat16) else 4
+    pixels = x.shape[-1] * x.shape[-2]
+    return next((lean for lean, kept in KEPT.items() if kept * size * rows * pixels < free), Lean.ONE_BY_ONE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(
+        words in said for words in ("out of memory", "not enough memory", "can't allocate memory")
+    )
+
+
+def run_leanly(x: Tensor, delta: Predictor, settings: Settings, *, parameterization: str) -> Outcome:
+    """`run` in the fastest way that memory allows; out of memory, it is tried again in a leaner one.
+
+    What an attempt evaluated stays counted. Raises what the leanest attempt raises.
+    """
+    lean = first_attempt(x, delta.rows, free_memory(x.device))
+    last = Lean.ONE_BY_ONE if x.shape[0] > 1 else Lean.CHECKPOINTED
+    lean = min(lean, last)
+    while True:
+        try:
+            with checkpointed(shared.sd_model.model.diffusion_model) if lean else contextlib.nullcontext():
+                way = run_each if lean is Lean.ONE_BY_ONE else run
+                outcome = way(x, delta, settings, parameterization=parameterization)
+            if lean:
+                outcome.used["gradient"] = WORDS[lean].replace(" ", "_")
+            return outcome
+        except Exception as error:
+            if lean == last or not is_out_of_memory(error):
+                raise
+        # Out here the failed attempt's tensors are gone.
+        devices.torch_gc()
+        lean = Lean(lean + 1)
+        for report in delta.reports:
+            report.note(f"out of memory; the noise was adjusted again, {WORDS[lean]}")
