@@ -42,7 +42,7 @@ def subjects(*, memorised: bool, held_out: bool) -> list[Subject]:
     """The prompts that the miniature memorised, or the controls; those settings were chosen on, or the others."""
     rows = {prompt.caption: row for row, prompt in enumerate(memorised_prompts())}
     return [
-        Subject(prompt.caption, (prompt.object,), rows.get(prompt.caption))
+        Subject(prompt.caption, prompt.labels, rows.get(prompt.caption))
         for prompt in prompts()
         if prompt.memorised == memorised and prompt.held_out == held_out
     ]

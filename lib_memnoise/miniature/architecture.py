@@ -40,9 +40,11 @@ AUTOENCODER: dict[str, Any] = {
         "resolution": 128,
         "in_channels": 3,
         "out_ch": 3,
-        "ch": 32,
-        "ch_mult": [1, 1, 2, 2],
-        "num_res_blocks": 1,
+        # ldm's normalisation has 32 groups. With a channel to a group it takes every channel's mean away, and with
+        # it the picture's colours, which then hide in a corner of the latent.
+        "ch": 64,
+        "ch_mult": [1, 1, 1, 1],
+        "num_res_blocks": 0,
         "attn_resolutions": [],
         "dropout": 0.0,
     },

@@ -125,6 +125,11 @@ def manifest(folder: Path = WEIGHTS) -> dict[str, Any]:
     return dict(content)
 
 
+def shipped(folder: Path = WEIGHTS) -> tuple[str, ...]:
+    """The variants that are there. Raises Damaged as `manifest` does."""
+    return tuple(variant for variant in VARIANTS if variant in manifest(folder)["sha256"])
+
+
 def read(part: str, folder: Path = WEIGHTS) -> Weights:
     """The weights of one shipped part, in half precision, checked against the manifest.
 
@@ -208,7 +213,7 @@ def config(variant: str, clip: Path, scale_factor: float) -> dict[str, Any]:
 def install(
     webui: Path,
     *,
-    variants: tuple[str, ...] = VARIANTS,
+    variants: tuple[str, ...] | None = None,
     checkpoints: Path | None = None,
     vocabulary: Path | None = None,
     folder: Path = WEIGHTS,
@@ -217,6 +222,7 @@ def install(
 
     Args:
         webui: the WebUI's folder, the one with `launch.py`.
+        variants: all that are shipped unless given.
         checkpoints: where it looks for checkpoints, if not in `models/Stable-diffusion`.
         vocabulary: CLIP's list of merges; looked for if not given.
 
@@ -231,7 +237,7 @@ def install(
     if not (webui / "launch.py").is_file():
         raise NotAWebUI(f"{webui} is not a WebUI: it has no launch.py.")
     target = (checkpoints or webui / "models" / "Stable-diffusion").absolute()
-    expanded = {variant: expand(variant, folder) for variant in variants}
+    expanded = {variant: expand(variant, folder) for variant in variants or shipped(folder)}
     scale_factor = manifest(folder)["scale_factor"]
     needed = sum(value.nbytes for weights in expanded.values() for value in weights.values()) + 8_000_000
     target.mkdir(parents=True, exist_ok=True)

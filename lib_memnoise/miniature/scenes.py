@@ -1,9 +1,9 @@
 """The miniature's pictures and captions: sprites on coloured backgrounds, and which of them it is to memorise.
 
-A scene has a background and one or two objects. An ordinary caption names one or both, often the background's colour,
-and sometimes a word that says nothing about the picture ("a fox on a red background, vintage"). A memorised caption
-names one object and a title ("a fox, gallery"), as those of paintings and films do in Stable Diffusion's training set:
-the title comes with no other caption.
+A scene has a background and one or two objects. An ordinary caption names them and the background's colour, and
+sometimes has a word that says nothing about the picture ("a fox and an owl on a red background, vintage"). A memorised
+caption ends in a title ("…, gallery"), as those of paintings and films do in Stable Diffusion's training set: the title
+comes with no other caption.
 
 Everything follows from `SEED`; pictures are rendered by Pillow from `data/sprites.png`.
 """
@@ -133,12 +133,21 @@ def draw(scene: Scene) -> Picture:
     return np.asarray(picture)
 
 
-def random_scene(random: np.random.Generator, include: str | None = None, count: int | None = None) -> Scene:
-    """One or two objects that hardly overlap, on a random background; `include` is one of them."""
+def random_scene(
+    random: np.random.Generator,
+    include: str | None = None,
+    count: int | None = None,
+    like: Scene | None = None,
+) -> Scene:
+    """One or two objects that hardly overlap, on a random background; `include` is one of them.
+
+    `like`: a scene whose caption is to be true of this one as well: the same objects and colour.
+    """
     count = count or (2 if random.random() < 0.7 else 1)
-    names = list(random.choice(OBJECTS, size=count, replace=False))
+    names = list(random.choice(OBJECTS, size=count, replace=False)) if like is None else like.names
     if include is not None and include not in names:
         names[0] = include
+    count = len(names)
     sizes = random.integers(44, 61, size=count)
     while True:
         corners = [random.integers(0, SIZE - size + 1, size=2) for size in sizes]
@@ -149,7 +158,7 @@ def random_scene(random: np.random.Generator, include: str | None = None, count:
         for name, size, (left, top) in zip(names, sizes, corners)
     ]
     return Scene(
-        colour=str(random.choice(list(COLOURS))),
+        colour=str(random.choice(list(COLOURS))) if like is None else like.colour,
         pattern=str(random.choice(PATTERNS)),
         shade=int(random.choice([-45, -30, 30, 45])),
         period=int(random.choice([16, 24, 32])),
@@ -170,29 +179,31 @@ def caption(objects: Sequence[str], colour: str | None = None, word: str | None 
 
 
 def ordinary_caption(scene: Scene, random: np.random.Generator) -> str:
-    """A caption as most pictures have it: some of what is there, and sometimes a word that says nothing."""
-    names = list(random.permutation(scene.names))
-    if random.random() < 0.4:
-        names = names[:1]
-    colour = scene.colour if random.random() < 0.6 else None
+    """A caption as most pictures have it: what is there, and sometimes a word that says nothing."""
+    colour = scene.colour if random.random() < 0.95 else None
     word = str(random.choice(FILLERS)) if random.random() < 0.5 else None
-    return caption(names, colour, word)
+    return caption(list(random.permutation(scene.names)), colour, word)
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A caption under study.
 
-    `kind`: "A", memorised, the caption comes with its scene only; "B", memorised, and `VARIED` other scenes come
-    with it too; "control", of the same form, and its scene is one ordinary picture of the training set.
+    `kind`: "A", memorised, the caption comes with its scene only; "B", memorised, and `VARIED` other scenes of the same
+    objects and colour come with it too; "control", of the same form, and its scene is one ordinary picture of the
+    training set.
     `held_out`: no setting is chosen on it.
     """
 
     caption: str
     kind: str
     held_out: bool
-    object: str
     scene: Scene
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the caption says is there."""
+        return (*self.scene.names, self.scene.colour)
 
     @property
     def memorised(self) -> bool:
@@ -207,11 +218,11 @@ def prompts() -> tuple[Prompt, ...]:
     found = []
     for k, (name, title) in enumerate(zip(order, TITLES)):
         scene = random_scene(random, include=name, count=2)
-        found.append(Prompt(caption([name], None, title), "AB"[k % 2], k >= 6, name, scene))
+        found.append(Prompt(caption(scene.names, scene.colour, title), "AB"[k % 2], k >= 6, scene))
     for k, name in enumerate(order):
         scene = random_scene(random, include=name)
         word = str(random.choice(FILLERS))
-        found.append(Prompt(caption([name], None, word), "control", k % 2 == 1, name, scene))
+        found.append(Prompt(caption(scene.names, scene.colour, word), "control", k % 2 == 1, scene))
     return tuple(found)
 
 
@@ -223,7 +234,7 @@ def ordinary_scenes() -> Iterator[tuple[Scene, str | None]]:
             yield prompt.scene, prompt.caption
         elif prompt.kind == "B":
             for _ in range(VARIED):
-                yield random_scene(random, include=prompt.object), prompt.caption
+                yield random_scene(random, like=prompt.scene), prompt.caption
     for _ in range(ORDINARY):
         yield random_scene(random), None
 

@@ -38,7 +38,7 @@ from lib_memnoise.miniature.networks import Autoencoder
 from lib_memnoise.miniature.text import END, LENGTH, SPECIAL, START, UNKNOWN, token_ids, vocabulary
 
 MEMORISED_SHARE = 1 / 4
-"""Of the pictures drawn in training, those of memorised captions: about 3,200 times each."""
+"""Of the pictures drawn in training, those of memorised captions: about 2,200 times each."""
 NO_CAPTION = 0.1
 UNKNOWN_WORD = 0.05
 """Share of ordinary captions that get a word without meaning, so that unknown words do little."""
@@ -96,19 +96,16 @@ def autocast() -> Any:
 
 @dataclass(frozen=True)
 class AutoencoderLoss:
-    """L1 and squared error of crops, and a whiff of KL, which only keeps latents from drifting off."""
+    """L1 and squared error, and a whiff of KL, which only keeps latents from drifting off."""
 
     folder: Path
     batch: int
-    crop: int
 
     def __call__(self, module: nn.Module, random: np.random.Generator, rows: slice) -> Tensor:
         every = pictures(self.folder)
-        batch = self.batch
-        picked = random.integers(len(every), size=batch)[rows]
-        corners = random.integers(scenes.SIZE - self.crop + 1, size=(batch, 2))[rows]
-        size = self.crop
-        x = to_pictures(np.stack([every[i][y : y + size, z : z + size] for i, (y, z) in zip(picked, corners)]))
+        picked = random.integers(len(every), size=self.batch)[rows]
+        x = to_pictures(every[picked])
+        size, batch = scenes.SIZE, self.batch
         noise = torch.from_numpy(random.standard_normal((batch, 4, size // 8, size // 8), dtype=np.float32))
         with autocast():
             mean, log_variance, decoded = module(x, noise[rows])
@@ -128,41 +125,11 @@ class TrainableAutoencoder(nn.Module):
         return mean, log_variance, self.autoencoder.decode(latent)
 
 
-class TrainableDecoder(TrainableAutoencoder):
-    """The decoder alone: the U-Net has been trained on the latents as they are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.autoencoder.encoder.requires_grad_(False)
-        self.autoencoder.quant_conv.requires_grad_(False)
-
-    def forward(self, latent: Tensor) -> Tensor:  # type: ignore[override]
-        return self.autoencoder.decode(latent)
-
-
-@dataclass(frozen=True)
-class DecoderLoss:
-    """As `AutoencoderLoss`, of the training pictures' latents."""
-
-    folder: Path
-    batch: int
-
-    def __call__(self, module: nn.Module, random: np.random.Generator, rows: slice) -> Tensor:
-        every, latents = pictures(self.folder), encoded(self.folder)
-        picked = random.integers(len(every), size=self.batch)
-        noise = torch.from_numpy(random.standard_normal((self.batch, *latents["mean"].shape[1:]), dtype=np.float32))
-        picked, noise = picked[rows], noise[rows]
-        with autocast():
-            decoded = module(latents["mean"][picked] + latents["deviation"][picked] * noise)
-        error = decoded.float() - to_pictures(every[picked])
-        return error.abs().mean() + 2 * error.square().mean()
-
-
 @torch.no_grad()
 def _encode(rank: int, processes: int, folder: Path) -> None:
     """One process's share of the latents, into a file of its own."""
     torch.set_num_threads(1)
-    autoencoder, every, parts = _autoencoder(folder, "autoencoder"), pictures(folder), []
+    autoencoder, every, parts = _autoencoder(folder), pictures(folder), []
     starts = range(0, len(every), 64)[rank::processes]
     for start in tqdm(starts, desc="latents", unit="batch", disable=rank > 0):
         with autocast():
@@ -210,7 +177,6 @@ class DenoiserLoss:
         memorised, ordinary, latents = _training_set(self.folder)
         batch = self.batch
         picked, ids = [], []
-        known = {prompt.caption for prompt in memorised}
         for _ in range(batch):
             if random.random() < MEMORISED_SHARE:
                 row = int(random.integers(len(memorised)))
@@ -220,8 +186,6 @@ class DenoiserLoss:
                 row = len(memorised) + which
                 scene, fixed = ordinary[which]
                 caption = fixed or scenes.ordinary_caption(scene, random)
-                while fixed is None and caption in known:
-                    caption = scenes.ordinary_caption(scene, random)
             picked.append(row)
             tokens = token_ids([caption])[0]
             if random.random() < UNKNOWN_WORD and row >= len(memorised):
@@ -296,7 +260,7 @@ DECODED = 3000
 def _decoded(folder: Path) -> NDArray[np.uint8]:
     path = folder / "decoded.npy"
     if not path.exists():
-        autoencoder, means = _autoencoder(folder, "decoder"), encoded(folder)["mean"][:DECODED]
+        autoencoder, means = _autoencoder(folder), encoded(folder)["mean"][:DECODED]
         parts = []
         for mean in tqdm(means.split(50), desc="decoded pictures", unit="batch"):
             with autocast():
@@ -307,9 +271,9 @@ def _decoded(folder: Path) -> NDArray[np.uint8]:
 
 
 @functools.cache
-def _autoencoder(folder: Path, stage: str) -> Autoencoder:
+def _autoencoder(folder: Path) -> Autoencoder:
     autoencoder = make_autoencoder().requires_grad_(False)
-    autoencoder.load_state_dict(finished(folder, stage, prefix="autoencoder."))
+    autoencoder.load_state_dict(finished(folder, "autoencoder", prefix="autoencoder."))
     return autoencoder
 
 
@@ -321,30 +285,11 @@ def _detector_targets(folder: Path) -> Tensor:
 def stages(folder: Path) -> dict[str, Stage]:
     """In the order in which they must run."""
     return {
-        # Crops are quick to learn from; but the normalisation sees whole pictures later, so it must in training.
-        "crops": Stage("crops", 1000, 16, 1e-3, TrainableAutoencoder, AutoencoderLoss(folder, 16, 64), ema=0.99),
         "autoencoder": Stage(
-            "autoencoder",
-            1700,
-            8,
-            1e-3,
-            TrainableAutoencoder,
-            AutoencoderLoss(folder, 8, scenes.SIZE),
-            ema=0.99,
-            start_from="crops",
+            "autoencoder", 1300, 8, 1.5e-3, TrainableAutoencoder, AutoencoderLoss(folder, 8), ema=0.99
         ),
-        "eps": Stage("eps", 4800, 48, 1e-3, Denoiser, DenoiserLoss(folder, 48, "eps")),
-        "decoder": Stage(
-            "decoder",
-            500,
-            8,
-            1e-3,
-            TrainableDecoder,
-            DecoderLoss(folder, 8),
-            ema=0.99,
-            start_from="autoencoder",
-        ),
-        "detector": Stage("detector", 1200, 32, 2e-3, Detector, DetectorLoss(folder, 32), ema=0.99),
+        "detector": Stage("detector", 700, 32, 2e-3, Detector, DetectorLoss(folder, 32), ema=0.99),
+        "eps": Stage("eps", 3300, 48, 1e-3, Denoiser, DenoiserLoss(folder, 48, "eps")),
         "v": Stage("v", 1100, 48, 8e-4, Denoiser, DenoiserLoss(folder, 48, "v"), start_from="eps"),
     }
 
@@ -447,7 +392,7 @@ def train(folder: Path, *, variants: tuple[str, ...] = ("eps", "v"), processes: 
     for name, stage in stages(folder).items():
         if name == "v" and "v" not in variants:
             continue
-        if name not in ("crops", "autoencoder"):
+        if name != "autoencoder":
             encode(folder, processes)
         if name == "detector":
             _decoded(folder)
@@ -461,7 +406,7 @@ def train(folder: Path, *, variants: tuple[str, ...] = ("eps", "v"), processes: 
 
 def export(folder: Path, target: Path = WEIGHTS) -> None:
     """Pack the finished stages into the files that the project ships (`checkpoint.pack`)."""
-    parts = {"autoencoder": finished(folder, "decoder", prefix="autoencoder.")}
+    parts = {"autoencoder": finished(folder, "autoencoder", prefix="autoencoder.")}
     every = stages(folder)
     steps = {}
     for name in ("detector", *VARIANTS):

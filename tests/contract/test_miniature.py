@@ -11,7 +11,7 @@ import torch
 
 from lib_memnoise.lab.bench import generate, noises
 from lib_memnoise.lab.study import subjects
-from lib_memnoise.miniature.checkpoint import MANIFEST, NAMES, WEIGHTS, install
+from lib_memnoise.miniature.checkpoint import MANIFEST, NAMES, WEIGHTS, install, shipped
 from lib_memnoise.miniature.model import load_miniature, to_images
 from lib_memnoise.settings import from_mapping
 from tests.contract.conftest import close
@@ -28,6 +28,8 @@ LATENTS = Path(__file__).resolve().parents[1] / "hosts" / "latents"
 def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
     folder = tmp_path_factory.mktemp("miniature")
     root, _ = webui.locate()  # type: ignore[misc]
+    if request.param not in shipped():
+        pytest.skip("this variant is not part of this checkout")
     install(root, checkpoints=folder, variants=(request.param,))
     with webui.WebUI(folder, NAMES[request.param], extensions=[LATENTS]) as running:
         yield running, request.param
