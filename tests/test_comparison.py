@@ -1,4 +1,4 @@
-"""What runs without a WebUI: samplers, generation on the miniature, the demo, the claims, the command line."""
+"""What runs without a WebUI: the schedule and samplers, generation on the miniature, the comparison, the claims."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lib_memnoise.lab import bench, claims, comparison, study
 from lib_memnoise.lab.page import page
 from lib_memnoise.lab.samplers import SAMPLERS
-from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar, clean_and_eps
+from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar, clean_and_eps, ddim_timesteps
 from lib_memnoise.miniature.checkpoint import MANIFEST, WEIGHTS
 from lib_memnoise.miniature.model import Miniature, load_miniature
 from lib_memnoise.prediction import magnitude
@@ -32,6 +32,27 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 # Sampling
+
+
+def test_schedule_is_stable_diffusions() -> None:
+    assert ALPHAS_CUMPROD.shape == (1000,)
+    assert alpha_bar(999) ** -0.5 == pytest.approx(14.65, abs=0.01)
+    assert ((1 - alpha_bar(999)) / alpha_bar(999)) ** 0.5 == pytest.approx(14.6146, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "steps, first, calls", [(2, 501, 1), (20, 951, 19), (30, 991, 30), (50, 981, 49), (1000, 999, 999)]
+)
+def test_timesteps(steps: int, first: int, calls: int) -> None:
+    timesteps = ddim_timesteps(steps)
+    assert (timesteps[0], timesteps[-1], len(timesteps) - 1) == (first, 1, calls)
+    assert timesteps == sorted(timesteps, reverse=True)
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 1, 1001])
+def test_timesteps_out_of_bounds(steps: int) -> None:
+    with pytest.raises(ValueError, match="from 2 to 1000"):
+        ddim_timesteps(steps)
 
 
 def one_picture(picture: Tensor, parameterization: str) -> Any:
@@ -76,8 +97,8 @@ def test_the_first_input_is_what_the_sampler_asks_first(sampler: str) -> None:
 
     x = noise(1, 4, 4, 4).float()
     SAMPLERS[sampler].sample(predict, x, 20, "eps")
-    assert seen[0][1] == pytest.approx(SAMPLERS[sampler].first_timestep(20), abs=1e-3)
-    torch.testing.assert_close(seen[0][0], SAMPLERS[sampler].first_input(x))
+    first, t = SAMPLERS[sampler].first(x, 20)
+    assert seen[0][1] == t and torch.equal(seen[0][0], first)
 
 
 def test_clean_and_eps_agree_between_parameterizations() -> None:
@@ -116,11 +137,13 @@ def test_rows(model: Miniature, settings: Settings, sampler: str, rows: int) -> 
     assert len(found.trace) == (49 if sampler == "DDIM" else 50)
 
 
-def test_rows_per_sample(model: Miniature) -> None:
-    found = generate(model, comparison.COMPARED["per-sample"], steps=10)
+@pytest.mark.parametrize("sampler, calls", [("DDIM", 9), ("Euler", 10)])
+def test_rows_per_sample(model: Miniature, sampler: str, calls: int) -> None:
+    """steps + 1 evaluations, the last of which is the sampler's first."""
+    found = generate(model, comparison.COMPARED["per-sample"], steps=10, sampler=sampler)
     assert found.outcome is not None and found.outcome.steps is not None
     steps = found.outcome.steps
-    assert torch.equal(found.forward, 2 * 10 * torch.ones(2, dtype=torch.long) - 2 + 2 * (steps + 1))
+    assert torch.equal(found.forward, 2 * calls + 2 * steps)
     assert torch.equal(found.backward, 2 * steps)
     assert (found.after < 0.5 * found.before).all()
 
@@ -182,18 +205,21 @@ def test_bootstrap_interval_of_a_mean() -> None:
     assert low < 3.0 < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
 
 
-def images(similarity: float, alignment: float, captions: int = 4) -> study.Images:
+def images(similarity: float, alignment: float, captions: int = 4, fall: float = 0.6) -> study.Images:
     rng = np.random.default_rng(int(1000 * similarity + alignment))
     like = similarity + 0.01 * rng.standard_normal((captions, 3))
     one = np.ones((captions, 3))
     empty = torch.empty(0)
-    return study.Images(empty, empty, like, alignment * one, 5 * one, one, one, one, one, np.empty((0, 4, 3)), [])
+    timesteps = [980.0 - 20 * k for k in range(49)]
+    trace = np.where(np.arange(49) < 10, 1.0, 1 - fall)[:, None, None] * one
+    return study.Images(empty, empty, like, alignment * one, 5 * one, one, one, one, one, trace, timesteps)
 
 
 def measured(**changed: Any) -> claims.Measured:
     curve = {900.0: images(0.6, 0.9), 800.0: images(0.4, 0.7), 980.0: images(0.95, 0.95)}
     kept = {
         "none": images(0.95, 0.95),
+        "unguided": images(0.1, 0.1),
         "curve": curve,
         "batch_wise": images(0.3, 0.9),
         "per_sample": images(0.5, 0.94),
@@ -226,6 +252,7 @@ def test_claims_hold_where_they_should() -> None:
         ({"per_sample": images(0.5, 0.8)}, "per-sample keeps the alignment"),
         ({"displaced": images(0.3, 0.9)}, "random displacement"),
         ({"control_scores": np.full((4, 3), 9.0)}, "AUC"),
+        ({"unguided": images(0.1, 0.1, fall=0.3)}, "sharp drop"),
     ],
 )
 def test_claims_fail_where_they_should(changed: dict[str, Any], claim: str) -> None:

@@ -28,7 +28,7 @@ COMPARED: dict[str, Settings] = {
 absolute one belongs to SD."""
 
 STATEMENT = (
-    "A miniature Stable Diffusion (128 px, 7 million weights) that memorised 20 of its training pictures.\n"
+    "A miniature Stable Diffusion (128 px, 7 million weights) that memorised some of its training pictures.\n"
     "It shows what the methods do and cost on it; it is no evidence about the checkpoints people use."
 )
 

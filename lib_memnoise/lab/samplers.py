@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.lab import kdiffusion
-from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, Predict, alpha_bar, ddim_timesteps, follow
+from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, Predict, ddim_timesteps, follow
 
 
 def _k_model(predict: Predict, parameterization: str) -> Any:
@@ -40,30 +40,25 @@ def euler(predict: Predict, x: Tensor, steps: int, parameterization: str = "eps"
     return result
 
 
+def euler_first(x: Tensor, steps: int) -> tuple[Tensor, float]:
+    model = _k_model(lambda x, t: x, "eps")
+    sigma = model.get_sigmas(steps)[:1]
+    _, c_in = model.get_scalings(sigma)
+    return x * sigma * c_in, float(model.sigma_to_t(sigma))
+
+
 @dataclass(frozen=True)
 class Sampler:
-    first_timestep: Callable[[int], float]
-    """T, of a number of steps."""
-    first_input: Callable[[Tensor], Tensor]
-    """What the network sees at T of the initial latents."""
+    first: Callable[[Tensor, int], tuple[Tensor, float]]
+    """`first(x, steps)`: what the network sees first of the initial latents x, and the timestep T."""
     sample: Callable[[Predict, Tensor, int, str], Tensor]
     """`sample(predict, x, steps, parameterization)`: the latents at the end."""
 
 
-def _euler_input(x: Tensor) -> Tensor:
-    # The noise is multiplied by σ and what is seen divided by √(σ² + 1): 0.998 of it.
-    return x * (1 - alpha_bar(TRAINING_STEPS - 1)) ** 0.5
-
-
 SAMPLERS: dict[str, Sampler] = {
     "DDIM": Sampler(
-        first_timestep=lambda steps: ddim_timesteps(steps)[0],
-        first_input=lambda x: x,
+        first=lambda x, steps: (x, ddim_timesteps(steps)[0]),
         sample=lambda predict, x, steps, kind: follow(predict, x, ddim_timesteps(steps), kind),
     ),
-    "Euler": Sampler(
-        first_timestep=lambda steps: TRAINING_STEPS - 1,
-        first_input=_euler_input,
-        sample=euler,
-    ),
+    "Euler": Sampler(first=euler_first, sample=euler),
 }
