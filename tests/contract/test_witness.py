@@ -254,8 +254,13 @@ def test_or_the_request_fails_if_that_was_asked_for(studio: Studio, fault: str, 
         assert answer.status in (422, 500) and FAULTS[fault] in answer.detail
 
 
-@pytest.mark.parametrize("method", ["batch_wise", "per_sample"])
-@pytest.mark.parametrize("fault", ["interrupt", "skip"])
+@pytest.mark.parametrize(
+    ("fault", "method"),
+    [
+        *((fault, method) for fault in ("interrupt", "skip") for method in ("batch_wise", "per_sample")),
+        ("interrupt in backward", "per_sample"),
+    ],
+)
 def test_interrupt_and_skip_are_honoured_in_the_loop(studio: Studio, fault: str, method: str) -> None:
     settings: dict[str, Any] = {
         "method": method,
@@ -267,4 +272,15 @@ def test_interrupt_and_skip_are_honoured_in_the_loop(studio: Studio, fault: str,
     assert len(answer.images) >= 1
     text = answer.infotexts[-1]
     assert "interrupted before the noise was adjusted" in text and "Memnoise failed" not in text
+    assert "Frozen: 0" in text
     assert np.array_equal(studio.run({}).images[0], studio.run({}).images[0])
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_noise(studio: Studio) -> None:
+    scripts = {"memnoise": {"args": [True, PER_SAMPLE]}, "witness": {"args": ["", "nan in backward"]}}
+    answer = studio.answer(alwayson_scripts=scripts)
+    assert answer.status == 200, answer.detail
+    assert np.array_equal(answer.images[-1], studio.run().pictures[0])
+    text = answer.infotexts[-1]
+    assert "the target was not reached in 0 steps" in text and "Frozen: 0" in text
+    assert studio.run(PER_SAMPLE).number("steps taken") > 0

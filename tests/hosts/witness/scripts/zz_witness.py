@@ -79,6 +79,13 @@ def expected_noise(p, c, uc, settings):
     return torch.stack(result)
 
 
+def interrupt(gradient):
+    shared.state.interrupted = True
+
+
+BACKWARD_FAULTS = {"interrupt in backward": interrupt, "nan in backward": lambda gradient: gradient * float("nan")}
+
+
 class Witness(scripts.Script):
     def title(self):
         return "Witness"
@@ -109,6 +116,8 @@ class Witness(scripts.Script):
             if fault == "skip" and calls == 3:
                 shared.state.skipped = True
             out = original(x, *args, **kw)
+            if out.requires_grad and fault in BACKWARD_FAULTS:
+                out.register_hook(BACKWARD_FAULTS[fault])
             return out * float("nan") if fault == "nan" else out
 
         model.__dict__["apply_model"] = apply_model
