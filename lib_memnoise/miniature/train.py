@@ -288,8 +288,8 @@ def stages(folder: Path) -> dict[str, Stage]:
         "autoencoder": Stage(
             "autoencoder", 1300, 8, 1.5e-3, TrainableAutoencoder, AutoencoderLoss(folder, 8), ema=0.99
         ),
-        "detector": Stage("detector", 700, 32, 2e-3, Detector, DetectorLoss(folder, 32), ema=0.99),
         "eps": Stage("eps", 3300, 48, 1e-3, Denoiser, DenoiserLoss(folder, 48, "eps")),
+        "detector": Stage("detector", 700, 32, 2e-3, Detector, DetectorLoss(folder, 32), ema=0.99),
         "v": Stage("v", 1100, 48, 8e-4, Denoiser, DenoiserLoss(folder, 48, "v"), start_from="eps"),
     }
 
