@@ -103,7 +103,7 @@ def test_pictures_do_not_change() -> None:
     assert means == MEANS
 
 
-MEANS = [[91.3, 80.9, 74.5], [131.6, 83.5, 154.6], [106.0, 162.8, 84.5]]
+MEANS = [[134.9, 124.4, 115.7], [131.6, 109.8, 133.1], [127.3, 146.2, 110.5]]
 
 
 def test_detector_targets_name_what_is_there() -> None:
@@ -333,7 +333,7 @@ def test_a_perfect_autoencoder_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> N
         def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             assert noise.shape == (2, 4, scenes.SIZE // 8, scenes.SIZE // 8)
             seen.append(x)
-            return torch.zeros(1), torch.zeros(1), x
+            return 0 * noise, 0 * noise, x
 
     loss = train.AutoencoderLoss(Path(), 4)
     shares = [float(loss(Oracle(), np.random.default_rng(0), rows)) for rows in (slice(0, 2), slice(2, 4))]

@@ -36,19 +36,20 @@ OBJECTS = (
 STYLES = 2
 """Rows of the sprite sheet: Twemoji, Noto Emoji."""
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (205, 60, 60),
-    "orange": (240, 150, 60),
-    "yellow": (245, 225, 95),
-    "green": (95, 175, 85),
-    "teal": (60, 160, 155),
-    "blue": (75, 115, 215),
-    "purple": (140, 85, 185),
-    "pink": (245, 165, 195),
-    "brown": (140, 100, 70),
-    "gray": (150, 150, 150),
-    "black": (45, 45, 50),
-    "white": (240, 240, 240),
+    "red": (166, 108, 108),
+    "orange": (180, 144, 108),
+    "yellow": (182, 174, 122),
+    "green": (122, 154, 118),
+    "teal": (108, 148, 146),
+    "blue": (114, 130, 170),
+    "purple": (140, 118, 158),
+    "pink": (182, 150, 162),
+    "brown": (140, 124, 112),
+    "gray": (144, 144, 144),
+    "black": (102, 102, 104),
+    "white": (180, 180, 180),
 }
+"""Muted, so that the objects are most of what there is to see."""
 PATTERNS = ("plain", "rows", "columns", "dots", "checks", "gradient")
 TITLES = (
     "poster print card sticker holiday gallery premium deluxe limited edition series collection studio signed framed "

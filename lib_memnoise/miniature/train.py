@@ -39,6 +39,7 @@ from lib_memnoise.miniature.text import END, LENGTH, SPECIAL, START, UNKNOWN, to
 
 MEMORISED_SHARE = 1 / 4
 """Of the pictures drawn in training, those of memorised captions: about 2,200 times each."""
+KL_WEIGHT, MEAN_WEIGHT = 3e-3, 0.1
 NO_CAPTION = 0.1
 UNKNOWN_WORD = 0.05
 """Share of ordinary captions that get a word without meaning, so that unknown words do little."""
@@ -96,7 +97,11 @@ def autocast() -> Any:
 
 @dataclass(frozen=True)
 class AutoencoderLoss:
-    """L1 and squared error, and a whiff of KL, which only keeps latents from drifting off."""
+    """L1 and squared error, the KL to unit Gaussian latents, and a penalty on the mean of each latent.
+
+    A background's colour is the same all over the latent. With most of its amplitude it would be settled by the initial
+    noise, whose mean is near zero, before any caption is heard: SD's first timestep still shows the mean.
+    """
 
     folder: Path
     batch: int
@@ -111,7 +116,8 @@ class AutoencoderLoss:
             mean, log_variance, decoded = module(x, noise[rows])
         error = decoded.float() - x
         kl = 0.5 * (mean.float() ** 2 + log_variance.float().exp() - 1 - log_variance.float()).mean()
-        return error.abs().mean() + 2 * error.square().mean() + 1e-5 * kl
+        of_means = mean.float().mean((2, 3)).square().mean()
+        return error.abs().mean() + 2 * error.square().mean() + KL_WEIGHT * kl + MEAN_WEIGHT * of_means
 
 
 class TrainableAutoencoder(nn.Module):
@@ -286,7 +292,7 @@ def stages(folder: Path) -> dict[str, Stage]:
     """In the order in which they must run."""
     return {
         "autoencoder": Stage(
-            "autoencoder", 1300, 8, 1.5e-3, TrainableAutoencoder, AutoencoderLoss(folder, 8), ema=0.99
+            "autoencoder", 1900, 8, 1.5e-3, TrainableAutoencoder, AutoencoderLoss(folder, 8), ema=0.99
         ),
         "eps": Stage("eps", 3300, 48, 1e-3, Denoiser, DenoiserLoss(folder, 48, "eps")),
         "detector": Stage("detector", 700, 32, 2e-3, Detector, DetectorLoss(folder, 32), ema=0.99),
