@@ -324,6 +324,15 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyte
     assert sorted(os.listdir(tmp_path / "broken")) == ["small.pt"]
 
 
+def test_training_can_begin_with_the_shipped_autoencoder(packed: Path, tmp_path: Path) -> None:
+    train.take_autoencoder(tmp_path, packed)
+    taken = train.finished(tmp_path, "autoencoder", prefix="autoencoder.")
+    for name, value in small_parts()["autoencoder"].items():
+        assert torch.equal(taken[name], value.half().float()), name
+    train.take_autoencoder(tmp_path, tmp_path / "nowhere")  # has one of its own now
+    assert train.steps_done(tmp_path, "autoencoder") == train.stages(tmp_path)["autoencoder"].steps
+
+
 def test_a_perfect_autoencoder_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = np.stack([scenes.draw(scene) for scene in scenes.validation_scenes(5)])
     monkeypatch.setattr(train, "pictures", lambda _: drawn)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -43,6 +44,7 @@ KL_WEIGHT, MEAN_WEIGHT = 3e-3, 0.1
 NO_CAPTION = 0.1
 UNKNOWN_WORD = 0.05
 """Share of ordinary captions that get a word without meaning, so that unknown words do little."""
+AUTOENCODER = "autoencoder.safetensors"
 SAVE_EVERY = 200
 """Steps between two states on disk."""
 
@@ -391,9 +393,23 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def train(folder: Path, *, variants: tuple[str, ...] = ("eps", "v"), processes: int = 2) -> None:
-    """Run the stages that are not finished. Interrupting loses at most `SAVE_EVERY` steps."""
+def take_autoencoder(folder: Path, shipped: Path = WEIGHTS) -> None:
+    """Make the shipped autoencoder this folder's, unless the folder has a finished one of its own."""
+    stage = stages(folder)["autoencoder"]
+    if steps_done(folder, stage.name) < stage.steps:
+        weights = {f"autoencoder.{name}": value.float() for name, value in load_file(shipped / AUTOENCODER).items()}
+        write(state_path(folder, stage.name), {"average": weights, "step": stage.steps})
+
+
+def train(folder: Path, *, variants: tuple[str, ...] = ("eps", "v"), processes: int = 2, shipped: bool = False) -> None:
+    """Run the stages that are not finished. Interrupting loses at most `SAVE_EVERY` steps.
+
+    Args:
+        shipped: begin with the project's autoencoder instead of training one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if shipped:
+        take_autoencoder(folder)
     pictures(folder)
     for name, stage in stages(folder).items():
         if name == "v" and "v" not in variants:
