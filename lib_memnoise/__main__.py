@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import os
 import sys
+import webbrowser
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lib_memnoise import __version__
+from lib_memnoise.miniature import OneSentence
 from lib_memnoise.settings import json_schema
+
+PAGE = "memnoise-demo.html"
+MANIFEST = Path(__file__).parent / "miniature" / "weights" / "manifest.json"
+NO_MEMORY = "memnoise: there is not enough memory."
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,8 +50,16 @@ def schema(_: argparse.Namespace) -> None:
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
-def demo(arguments: argparse.Namespace) -> None:
-    # Imported here: the other commands need no torch.
+def checked_page(path: Path) -> Path:
+    """Where a page can be written, found out before anything is generated."""
+    path = path.absolute()
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "cannot be written", str(path))
+    return path
+
+
+def toy_demo(arguments: argparse.Namespace) -> None:
+    """What there is to see in a checkout without the miniature's weights."""
     import torch
 
     from lib_memnoise.lab.demo import STATEMENT, compare, table
@@ -57,12 +73,95 @@ def demo(arguments: argparse.Namespace) -> None:
         print(table(records))
 
 
+def demo(arguments: argparse.Namespace) -> None:
+    if not MANIFEST.exists():
+        toy_demo(arguments)
+        return
+    # Imported here: the other commands need no torch.
+    import torch
+    from tqdm import tqdm
+
+    from lib_memnoise.lab.comparison import compare, own_subjects, table, total
+    from lib_memnoise.lab.study import subjects
+    from lib_memnoise.miniature.model import load_miniature
+
+    path = arguments.page or (None if arguments.json else Path(PAGE))
+    if path is not None:
+        path = checked_page(path)
+        from lib_memnoise.lab.page import page
+    torch.set_num_threads(arguments.threads)
+    model = load_miniature(arguments.variant)
+    if arguments.prompt:
+        chosen = own_subjects(arguments.prompt)
+    else:
+        chosen = subjects(memorised=True, held_out=True)[: arguments.prompts]
+    with tqdm(total=total(len(chosen), arguments.images), unit="image", leave=False) as bar:
+        comparison = compare(
+            model,
+            chosen,
+            images=arguments.images,
+            seed=arguments.seed,
+            sampler=arguments.sampler,
+            steps=arguments.steps,
+            looking=path is not None,
+            progress=bar.update,
+        )
+    print(json.dumps(comparison.records, indent=2) if arguments.json else table(comparison.records))
+    if path is not None:
+        from lib_memnoise.miniature.checkpoint import replacing
+
+        with replacing(path) as partial:
+            partial.write_text(page(comparison), encoding="utf-8")
+        print(f"\nThe pictures are in {path}.", file=sys.stderr if arguments.json else sys.stdout)
+        if arguments.open:
+            webbrowser.open(path.as_uri())
+
+
+def claims(arguments: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from lib_memnoise.lab.claims import SHORT, Plan, judge, measure, report
+    from lib_memnoise.miniature.model import load_miniature
+
+    torch.set_num_threads(arguments.threads)
+    model = load_miniature()
+    plan = SHORT if arguments.short else Plan()
+    if arguments.images is not None:
+        plan = replace(plan, images=arguments.images)
+    with tqdm(total=plan.total, unit="image", leave=False) as bar:
+        found = measure(model, plan, seed=arguments.seed, progress=bar.update)
+    judged = judge(found)
+    if arguments.json:
+        print(json.dumps({"points": found.points, "claims": [asdict(claim) for claim in judged]}, indent=2))
+    else:
+        print(report(found, judged))
+    if not all(claim.holds for claim in judged if claim.required):
+        raise SystemExit(1)
+
+
 def miniature_train(arguments: argparse.Namespace) -> None:
     from lib_memnoise.miniature.train import export, train
 
-    train(arguments.folder, processes=arguments.processes)
+    train(arguments.folder, processes=arguments.processes, shipped=arguments.shipped_autoencoder)
     if arguments.export is not None:
         export(arguments.folder, arguments.export)
+
+
+def miniature_install(arguments: argparse.Namespace) -> None:
+    from lib_memnoise.miniature.checkpoint import install
+
+    variants = None if arguments.variant is None else (arguments.variant,)
+    for path in install(
+        arguments.webui, variants=variants, checkpoints=arguments.ckpt_dir, vocabulary=arguments.vocabulary
+    ):
+        print(path)
+
+
+def miniature_check(_: argparse.Namespace) -> None:
+    from lib_memnoise.miniature.validation import report, validate
+
+    print(report(validate()))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,30 +172,64 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"memnoise {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    text = "print the JSON Schema of the settings, the document that the WebUI serves at /memnoise/v1/schema"
-    command = commands.add_parser("schema", help=text, description=text)
-    command.set_defaults(command=schema)
+    def add(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Parser:
+        command: Parser = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=run)
+        return command
 
-    text = (
-        "compare the methods without a WebUI or GPU, on an analytic toy: the exact denoiser of a small made-up "
-        "distribution, no evidence about Stable Diffusion checkpoints"
+    add(
+        commands,
+        "schema",
+        schema,
+        "print the JSON Schema of the settings, the document that the WebUI serves at /memnoise/v1/schema",
     )
-    command = commands.add_parser("demo", help=text, description=text)
-    command.add_argument("--json", action="store_true", help="print a list of records instead of a table")
-    command.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of the noises (default: 0)")
-    command.add_argument("--images", type=whole_number(1, 1000), default=8, help="images a prompt (default: 8)")
-    command.add_argument("--steps", type=whole_number(2, 1000), default=50, help="DDIM steps (default: 50)")
-    command.set_defaults(command=demo)
+
+    seeds, counts = whole_number(0, 2**32 - 1), whole_number(1, 1000)
+    threads: dict[str, Any] = {
+        "type": whole_number(1, 64),
+        "default": min(os.cpu_count() or 1, 64),
+        "help": "(default: all processors)",
+    }
+
+    command = add(
+        commands,
+        "demo",
+        demo,
+        "compare the methods without a WebUI or GPU, on a miniature Stable Diffusion that memorised pictures",
+    )
+    command.add_argument("--prompt", action="append", help="your own, instead of memorised ones; may be repeated")
+    command.add_argument("--prompts", type=whole_number(1, 12), default=4, help="memorised prompts (default: 4)")
+    command.add_argument("--images", type=counts, default=4, help="images a prompt (default: 4)")
+    command.add_argument("--seed", type=seeds, default=0, help="of the first image (default: 0)")
+    command.add_argument("--sampler", choices=("DDIM", "Euler"), default="DDIM", help="(default: DDIM)")
+    command.add_argument("--steps", type=whole_number(2, 1000), default=50, help="of the sampler (default: 50)")
+    command.add_argument("--variant", choices=("eps", "v"), default="eps", help="what it predicts (default: eps)")
+    command.add_argument("--threads", **threads)
+    command.add_argument("--page", type=Path, metavar="FILE", help=f"where to write the page (default: {PAGE})")
+    command.add_argument("--open", action="store_true", help="open the page")
+    command.add_argument("--json", action="store_true", help="print a list of records; a page is written if named")
+
+    command = add(commands, "claims", claims, "measure the paper's claims on the miniature; fails if one does not hold")
+    command.add_argument("--short", action="store_true", help="fewer images and points")
+    command.add_argument("--images", type=counts, help="images a prompt at every point (default: 9)")
+    command.add_argument("--seed", type=seeds, default=1, help="of the first image (default: 1)")
+    command.add_argument("--threads", **threads)
+    command.add_argument("--json", action="store_true", help="print points and claims as JSON")
 
     text = "the miniature model"
     miniature = commands.add_parser("miniature", help=text, description=text)
     parts = miniature.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    text = "train the miniature from its sprites; goes on where it was stopped"
-    command = parts.add_parser("train", help=text, description=text)
+    command = add(parts, "train", miniature_train, "train the miniature from its sprites; goes on where it was stopped")
     command.add_argument("folder", type=Path, help="where the work is kept (about 1 GB)")
     command.add_argument("--processes", type=whole_number(1, 64), default=2, help="one thread each (default: 2)")
-    command.add_argument("--export", type=Path, help="also pack the result into this folder")
-    command.set_defaults(command=miniature_train)
+    command.add_argument("--shipped-autoencoder", action="store_true", help="begin with it, not from nothing")
+    command.add_argument("--export", type=Path, metavar="FOLDER", help="also pack the result into this folder")
+    command = add(parts, "install", miniature_install, "put the miniature's checkpoints into a WebUI")
+    command.add_argument("webui", type=Path, metavar="SD_WEBUI_DIR", help="the WebUI's folder, with its launch.py")
+    command.add_argument("--variant", choices=("eps", "v"), help="only this one")
+    command.add_argument("--ckpt-dir", type=Path, metavar="FOLDER", help="where the WebUI looks for checkpoints")
+    command.add_argument("--vocabulary", type=Path, metavar="FILE", help="CLIP's bpe_simple_vocab_16e6.txt.gz")
+    add(parts, "check", miniature_check, "measure the yardsticks and the autoencoder on real pictures")
     return top
 
 
@@ -114,6 +247,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except OneSentence as error:
+        raise SystemExit(f"memnoise: {error}") from None
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+        raise SystemExit(f"memnoise: {named}.") from None
+    except MemoryError:
+        raise SystemExit(NO_MEMORY) from None
+    except RuntimeError as error:
+        # torch's way of saying the same.
+        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        raise SystemExit(NO_MEMORY) from None
     except ModuleNotFoundError as error:
         hint = 'python -m pip install ".[demo]" installs what this command needs.'
         raise SystemExit(f"memnoise: the package {error.name} is missing; {hint}") from None

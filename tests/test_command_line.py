@@ -1,0 +1,208 @@
+"""The command line: what it prints, what it writes, and what it says of what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lib_memnoise import __main__ as command_line
+from lib_memnoise.__main__ import main
+from lib_memnoise.lab import claims, comparison
+from lib_memnoise.miniature import checkpoint, model
+from lib_memnoise.miniature.checkpoint import WEIGHTS
+from lib_memnoise.settings import from_mapping
+
+ROOT = Path(__file__).parents[1]
+KEYS = {
+    "method", "settings", "prompts", "images", "similarity", "copied", "alignment", "rows", "backward_rows",
+    "magnitude_before", "magnitude_after", "norm",
+}  # fmt: skip
+needs_weights = pytest.mark.skipif(
+    not command_line.MANIFEST.exists(), reason="the miniature's weights are not part of this checkout"
+)
+SMALL = ("--prompts", "2", "--images", "1", "--steps", "4", "--threads", "1")
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """The command line sets the number of threads of its process, which other tests share."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def refusal(*argv: str) -> str:
+    """The one sentence with which a command ends."""
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    said = str(stopped.value.code)
+    assert said.startswith("memnoise: ") and said.endswith(".") and "\n" not in said
+    return said
+
+
+def records_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, Any]]:
+    main(["demo", "--json", *argv])
+    return list(json.loads(capsys.readouterr().out))
+
+
+# The demo
+
+
+@needs_weights
+def test_json(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    records = records_of(capsys, *SMALL, "--seed", "5")
+    assert [record["method"] for record in records] == ["none", "static tau", "batch-wise", "per-sample"]
+    for record in records:
+        assert record.keys() == KEYS
+        assert record["images"] == 1 and record["prompts"] == 2
+        settings = from_mapping(record["settings"])  # as the API takes them
+        assert settings.enabled == (record["method"] != "none")
+        assert all(np.isfinite(value) for value in record.values() if isinstance(value, float))
+    assert records_of(capsys, *SMALL, "--seed", "5") == records
+    assert records_of(capsys, *SMALL, "--seed", "6") != records
+    assert not list(folder.iterdir())  # no page unless one is named
+
+
+@needs_weights
+def test_table_and_page(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(command_line.webbrowser, "open", opened.append)
+    prompt = "a fox on a red background"
+    main(["demo", *SMALL, "--prompt", prompt, "--sampler", "Euler", "--open"])
+    out = capsys.readouterr().out
+    assert "no evidence about the checkpoints people use" in out and "1 prompts, 1 images each" in out
+    for name in comparison.COMPARED:
+        assert f"\n{name}  " in out
+    page = folder / "memnoise-demo.html"
+    assert opened == [page.as_uri()] and str(page) in out
+    assert f"<h2>{prompt}</h2>" in page.read_text(encoding="utf-8")
+    assert [path.name for path in folder.iterdir()] == [page.name]
+
+
+@needs_weights
+def test_unknown_words() -> None:
+    said = refusal("demo", *SMALL, "--prompt", "a zebra in a submarine")
+    assert "does not know the words 'submarine', 'zebra'" in said
+
+
+@needs_weights
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written(folder: Path) -> None:
+    folder.chmod(0o500)
+    try:
+        assert "cannot be written" in refusal("demo", *SMALL)
+    finally:
+        folder.chmod(0o700)
+
+
+@needs_weights
+@pytest.mark.parametrize("name", ["missing/page.html", "."])
+def test_a_page_that_cannot_be_written(name: str) -> None:
+    assert "cannot be written" in refusal("demo", *SMALL, "--page", name)
+
+
+@needs_weights
+def test_tampered_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    copy = tmp_path / "weights"
+    shutil.copytree(WEIGHTS, copy)
+    with (copy / "eps.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    monkeypatch.setattr(model.load_miniature, "__defaults__", ("eps", copy))
+    assert "eps.safetensors is damaged (1000 bytes)" in refusal("demo", *SMALL)
+
+
+@needs_weights
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")],
+)
+def test_too_little_memory(monkeypatch: pytest.MonkeyPatch, folder: Path, error: Exception) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(comparison, "compare", full)
+    assert "not enough memory" in refusal("demo", *SMALL)
+    assert not list(folder.iterdir())
+
+
+@needs_weights
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "compare", stop)
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", *SMALL])
+    assert stopped.value.code == 130 and not list(folder.iterdir())
+
+
+# The claims
+
+
+@needs_weights
+def test_claims_that_fail_fail_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two steps make pictures of nothing.
+    monkeypatch.setattr(claims, "SHORT", claims.Plan(images=1, taus=(900.0, 800.0), controls=1, steps=2))
+    with pytest.raises(SystemExit) as stopped:
+        main(["claims", "--short", "--json"])
+    assert stopped.value.code == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [point["method"] for point in found["points"]] == [
+        "none", "static tau 900", "static tau 800", "batch-wise", "per-sample", "random displacement",
+    ]  # fmt: skip
+    assert not all(claim["holds"] for claim in found["claims"])
+
+
+# The miniature
+
+
+def test_install_needs_a_webui(folder: Path) -> None:
+    assert "is not a WebUI: it has no launch.py" in refusal("miniature", "install", str(folder))
+
+
+@needs_weights
+def test_install_says_what_it_wrote(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    (folder / "launch.py").touch()
+    monkeypatch.setattr(checkpoint, "find_merges", lambda _: folder)
+    monkeypatch.setattr(checkpoint, "clip_files", lambda *_: {"vocab.json": "{}"})
+    main(["miniature", "install", str(folder), "--variant", "eps", "--ckpt-dir", str(folder / "models")])
+    file = folder / "models" / "memnoise-miniature.safetensors"
+    assert capsys.readouterr().out == f"{file}\n" and file.stat().st_size > 1_000_000
+
+
+@needs_weights
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() == 0, reason="root may write everywhere")
+def test_install_without_permission(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    (folder / "launch.py").touch()
+    monkeypatch.setattr(checkpoint, "find_merges", lambda _: folder)
+    monkeypatch.setattr(checkpoint, "clip_files", lambda *_: {"vocab.json": "{}"})
+    folder.chmod(0o500)
+    try:
+        assert "Permission denied" in refusal("miniature", "install", str(folder))
+    finally:
+        folder.chmod(0o700)
