@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from lib_memnoise import __main__ as command_line
+from lib_memnoise import __version__
 from lib_memnoise.__main__ import main
 from lib_memnoise.lab import claims, comparison
 from lib_memnoise.miniature import checkpoint, model
 from lib_memnoise.miniature.checkpoint import WEIGHTS
-from lib_memnoise.settings import from_mapping
+from lib_memnoise.settings import from_mapping, json_schema
 
 ROOT = Path(__file__).parents[1]
 KEYS = {
@@ -31,12 +32,7 @@ needs_weights = pytest.mark.skipif(
 SMALL = ("--prompts", "2", "--images", "1", "--steps", "4", "--threads", "1")
 
 
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """The command line sets the number of threads of its process, which other tests share."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 @pytest.fixture(autouse=True)
@@ -206,3 +202,72 @@ def test_install_without_permission(monkeypatch: pytest.MonkeyPatch, folder: Pat
         assert "Permission denied" in refusal("miniature", "install", str(folder))
     finally:
         folder.chmod(0o700)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    "argv, bounds",
+    [
+        (("--prompts", "13"), "from 1 to 12"),
+        (("--threads", "0"), "from 1 to 64"),
+        (("--images", "0"), "from 1 to 1000"),
+        (("--images", "1001"), "from 1 to 1000"),
+        (("--images", "1.5"), "from 1 to 1000"),
+        (("--seed", "-1"), "from 0 to 4294967295"),
+        (("--seed", "4294967296"), "from 0 to 4294967295"),
+        (("--seed", "x" * 500), "from 0 to 4294967295"),
+        (("--steps", "1"), "from 2 to 1000"),
+        (("--steps", "1001"), "from 2 to 1000"),
+        (("--steps", ""), "from 2 to 1000"),
+    ],
+)
+def test_bad_numbers(capsys: pytest.CaptureFixture[str], argv: tuple[str, str], bounds: str) -> None:
+    error = error_of(capsys, "demo", *argv)
+    assert error.count("\n") == 1 and error.endswith(f"it must be a whole number {bounds}.\n")
+    assert argv[0] in error and len(error) < 200
+
+
+@pytest.mark.parametrize("argv", [(), ("paint",), ("demo", "--gpu"), ("demo", "--seed"), ("schema", "x")])
+def test_bad_arguments(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
+    error = error_of(capsys, *argv)
+    assert error.startswith("python -m lib_memnoise") and error.count("\n") == 1
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "lib_memnoise.miniature.train", raising=False)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(SystemExit, match=r"^memnoise: the package tqdm is missing; .*\[demo\]") as stopped:
+        main(["miniature", "train", str(tmp_path / "work")])
+    assert str(stopped.value).count("\n") == 0 and not list(tmp_path.iterdir())
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"memnoise {__version__}\n"
+
+
+def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["schema"])
+    out = capsys.readouterr().out
+    assert json.loads(out) == json_schema()
+    assert out == json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def test_schema_needs_no_torch() -> None:
+    code = (
+        "import sys; from lib_memnoise.__main__ import main; main(['schema']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_as_a_module() -> None:
+    argv = [sys.executable, "-m", "lib_memnoise", "schema"]
+    # A stream that cannot hold γ̃ unless the command line sees to it.
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode("utf-8")) == json_schema()

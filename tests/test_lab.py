@@ -1,10 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_memnoise import __version__
 from lib_memnoise.__main__ import main
 from lib_memnoise.lab import demo
-from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, alpha_bar, ddim, ddim_timesteps
+from lib_memnoise.lab.sampling import alpha_bar, ddim, ddim_timesteps
 from lib_memnoise.lab.toy import Mixture, Toy, correlation, make_toy
 from lib_memnoise.mitigations.outcome import run
 from lib_memnoise.prediction import SelectableDelta, magnitude
-from lib_memnoise.settings import Settings, from_mapping, json_schema
+from lib_memnoise.settings import Settings, from_mapping
 
 ROOT = Path(__file__).parents[1]
 KEYS = {
@@ -30,12 +25,7 @@ KEYS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """The demo sets the number of threads of its process, which other tests share."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def small_toy(dtype: torch.dtype = torch.float64) -> Toy:
@@ -49,28 +39,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# The schedule and the sampler
-
-
-def test_schedule_is_stable_diffusions() -> None:
-    assert ALPHAS_CUMPROD.shape == (1000,)
-    assert alpha_bar(999) ** -0.5 == pytest.approx(14.65, abs=0.01)
-    assert ((1 - alpha_bar(999)) / alpha_bar(999)) ** 0.5 == pytest.approx(14.6146, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    "steps, first, calls", [(2, 501, 1), (20, 951, 19), (30, 991, 30), (50, 981, 49), (1000, 999, 999)]
-)
-def test_timesteps(steps: int, first: int, calls: int) -> None:
-    timesteps = ddim_timesteps(steps)
-    assert (timesteps[0], timesteps[-1], len(timesteps) - 1) == (first, 1, calls)
-    assert timesteps == sorted(timesteps, reverse=True)
-
-
-@pytest.mark.parametrize("steps", [-1, 0, 1, 1001])
-def test_timesteps_out_of_bounds(steps: int) -> None:
-    with pytest.raises(ValueError, match="from 2 to 1000"):
-        ddim_timesteps(steps)
+# The sampler
 
 
 def test_ddim_recovers_the_mean_of_one_gaussian() -> None:
@@ -232,15 +201,6 @@ def test_the_memorised_picture_is_what_the_magnitude_sees() -> None:
 # The command line
 
 
-def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(argv)
-    assert stopped.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    return captured.err
-
-
 def records_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, Any]]:
     main(["demo", "--json", *argv])
     captured = capsys.readouterr()
@@ -270,40 +230,6 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n{name}  " in out
 
 
-@pytest.mark.parametrize(
-    "argv, bounds",
-    [
-        (("--images", "0"), "from 1 to 1000"),
-        (("--images", "1001"), "from 1 to 1000"),
-        (("--images", "1.5"), "from 1 to 1000"),
-        (("--seed", "-1"), "from 0 to 4294967295"),
-        (("--seed", "4294967296"), "from 0 to 4294967295"),
-        (("--seed", "x" * 500), "from 0 to 4294967295"),
-        (("--steps", "1"), "from 2 to 1000"),
-        (("--steps", "1001"), "from 2 to 1000"),
-        (("--steps", ""), "from 2 to 1000"),
-    ],
-)
-def test_bad_numbers(capsys: pytest.CaptureFixture[str], argv: tuple[str, str], bounds: str) -> None:
-    error = error_of(capsys, "demo", *argv)
-    assert error.count("\n") == 1 and error.endswith(f"it must be a whole number {bounds}.\n")
-    assert argv[0] in error and len(error) < 200
-
-
-@pytest.mark.parametrize("argv", [(), ("paint",), ("demo", "--gpu"), ("demo", "--seed"), ("schema", "x")])
-def test_bad_arguments(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
-    error = error_of(capsys, *argv)
-    assert error.startswith("python -m lib_memnoise") and error.count("\n") == 1
-
-
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delitem(sys.modules, "lib_memnoise.miniature.train", raising=False)
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    with pytest.raises(SystemExit, match=r"^memnoise: the package tqdm is missing; .*\[demo\]") as stopped:
-        main(["miniature", "train", str(tmp_path / "work")])
-    assert str(stopped.value).count("\n") == 0 and not list(tmp_path.iterdir())
-
-
 def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(**_: Any) -> None:
         raise KeyboardInterrupt
@@ -312,36 +238,6 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["demo"])
     assert stopped.value.code == 130
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["--version"])
-    assert stopped.value.code == 0
-    assert capsys.readouterr().out == f"memnoise {__version__}\n"
-
-
-def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["schema"])
-    out = capsys.readouterr().out
-    assert json.loads(out) == json_schema()
-    assert out == json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
-
-
-def test_schema_needs_no_torch() -> None:
-    code = (
-        "import sys; from lib_memnoise.__main__ import main; main(['schema']); "
-        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy')))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
-
-
-def test_as_a_module() -> None:
-    argv = [sys.executable, "-m", "lib_memnoise", "schema"]
-    # A stream that cannot hold γ̃ unless the command line sees to it.
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.decode("utf-8")) == json_schema()
 
 
 def test_settings_of_the_comparison_follow_the_preset() -> None:
