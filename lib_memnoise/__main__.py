@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib_memnoise import __version__
-from lib_memnoise.miniature import OneSentence
+from lib_memnoise.miniature import MANIFEST, WEIGHTS, OneSentence
 from lib_memnoise.settings import json_schema
 
 PAGE = "memnoise-demo.html"
-MANIFEST = Path(__file__).parent / "miniature" / "weights" / "manifest.json"
 NO_MEMORY = "memnoise: there is not enough memory."
 
 
@@ -74,7 +73,7 @@ def toy_demo(arguments: argparse.Namespace) -> None:
 
 
 def demo(arguments: argparse.Namespace) -> None:
-    if not MANIFEST.exists():
+    if not (WEIGHTS / MANIFEST).exists():
         toy_demo(arguments)
         return
     # Imported here: the other commands need no torch.

@@ -17,8 +17,7 @@ from lib_memnoise import __main__ as command_line
 from lib_memnoise import __version__
 from lib_memnoise.__main__ import main
 from lib_memnoise.lab import claims, comparison
-from lib_memnoise.miniature import checkpoint, model
-from lib_memnoise.miniature.checkpoint import WEIGHTS
+from lib_memnoise.miniature import MANIFEST, WEIGHTS, checkpoint, model
 from lib_memnoise.settings import from_mapping, json_schema
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +26,7 @@ KEYS = {
     "magnitude_before", "magnitude_after", "norm",
 }  # fmt: skip
 needs_weights = pytest.mark.skipif(
-    not command_line.MANIFEST.exists(), reason="the miniature's weights are not part of this checkout"
+    not (WEIGHTS / MANIFEST).exists(), reason="the miniature's weights are not part of this checkout"
 )
 SMALL = ("--prompts", "2", "--images", "1", "--steps", "4", "--threads", "1")
 

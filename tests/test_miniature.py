@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lib_memnoise.miniature import OneSentence, checkpoint, clip, scenes, train
+from lib_memnoise.miniature import MANIFEST, WEIGHTS, OneSentence, checkpoint, clip, scenes, train
 from lib_memnoise.miniature.architecture import make_autoencoder, make_text_encoder, make_unet
 from lib_memnoise.miniature.checkpoint import Damaged, expand, install, manifest, pack, quantise, read, restore
 from lib_memnoise.miniature.clip import CLIP_END, CLIP_START, CLIP_TOKENS
@@ -180,7 +180,7 @@ def test_packing_twice_gives_the_same_files(packed: Path, tmp_path: Path) -> Non
 def test_damaged_files_are_refused(packed: Path, tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(packed, folder)
-    file, index = folder / "eps.safetensors", folder / checkpoint.MANIFEST
+    file, index = folder / "eps.safetensors", folder / MANIFEST
     content = file.read_bytes()
     if damage == "cut":
         file.write_bytes(content[:5000])
@@ -380,21 +380,19 @@ def test_a_perfect_denoiser_has_no_loss(tmp_path: Path, parameterization: str) -
 
 # The trained model
 
-trained = pytest.mark.skipif(
-    not (checkpoint.WEIGHTS / checkpoint.MANIFEST).exists(), reason="the weights are not part of this checkout"
-)
+trained = pytest.mark.skipif(not (WEIGHTS / MANIFEST).exists(), reason="the weights are not part of this checkout")
 
 
 @pytest.fixture(scope="module", params=["eps", "v"])
 def model(request: pytest.FixtureRequest) -> Miniature:
-    if not (checkpoint.WEIGHTS / checkpoint.MANIFEST).exists():
+    if not (WEIGHTS / MANIFEST).exists():
         pytest.skip("the weights are not part of this checkout")
     return load_miniature(request.param)
 
 
 @trained
 def test_what_is_shipped_is_small() -> None:
-    assert sum(file.stat().st_size for file in checkpoint.WEIGHTS.iterdir()) < 25e6
+    assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) < 25e6
     assert {"autoencoder", "detector", "eps", "v"} == manifest()["sha256"].keys()
 
 

@@ -21,13 +21,11 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from lib_memnoise.miniature import OneSentence
+from lib_memnoise.miniature import MANIFEST, WEIGHTS, OneSentence
 from lib_memnoise.miniature.architecture import AUTOENCODER, LINEAR_END, LINEAR_START, TEXT, UNET
 from lib_memnoise.miniature.clip import CLIP_TOKENS, clip_files, find_merges
 from lib_memnoise.miniature.text import UNKNOWN, clip_ids
 
-WEIGHTS = Path(__file__).parent / "weights"
-MANIFEST = "manifest.json"
 VARIANTS = ("eps", "v")
 NAMES = {"eps": "memnoise-miniature", "v": "memnoise-miniature-v"}
 """Of the checkpoints in a WebUI."""

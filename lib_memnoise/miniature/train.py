@@ -30,9 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lib_memnoise.lab.sampling import ALPHAS_CUMPROD
-from lib_memnoise.miniature import scenes
+from lib_memnoise.miniature import WEIGHTS, scenes
 from lib_memnoise.miniature.architecture import SNR_SCALE, make_autoencoder, make_text_encoder, make_unet
-from lib_memnoise.miniature.checkpoint import VARIANTS, WEIGHTS, pack, replacing
+from lib_memnoise.miniature.checkpoint import VARIANTS, pack, replacing
 from lib_memnoise.miniature.detector import Detector, targets
 from lib_memnoise.miniature.model import to_images, to_pictures
 from lib_memnoise.miniature.networks import Autoencoder

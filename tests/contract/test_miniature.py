@@ -11,7 +11,8 @@ import torch
 
 from lib_memnoise.lab.bench import generate, noises
 from lib_memnoise.lab.study import subjects
-from lib_memnoise.miniature.checkpoint import MANIFEST, NAMES, WEIGHTS, install, shipped
+from lib_memnoise.miniature import MANIFEST, WEIGHTS
+from lib_memnoise.miniature.checkpoint import NAMES, install, shipped
 from lib_memnoise.miniature.model import load_miniature, to_images
 from lib_memnoise.settings import from_mapping
 from tests.contract.conftest import close
