@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib_memnoise import __version__
+from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.miniature import MANIFEST, WEIGHTS, OneSentence
 from lib_memnoise.settings import json_schema
 
 PAGE = "memnoise-demo.html"
-NO_MEMORY = "memnoise: there is not enough memory."
 
 
 class Parser(argparse.ArgumentParser):
@@ -251,13 +251,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         named = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
         raise SystemExit(f"memnoise: {named}.") from None
-    except MemoryError:
-        raise SystemExit(NO_MEMORY) from None
-    except RuntimeError as error:
-        # torch's way of saying the same.
-        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        raise SystemExit(NO_MEMORY) from None
+        raise SystemExit("memnoise: there is not enough memory.") from None
     except ModuleNotFoundError as error:
         hint = 'python -m pip install ".[demo]" installs what this command needs.'
         raise SystemExit(f"memnoise: the package {error.name} is missing; {hint}") from None

@@ -22,9 +22,10 @@ from lib_memnoise.generation import REPORT_KEYS, Generation, ImageReport, report
 from lib_memnoise.guidance import guidance_off
 from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.gate import Gate
-from lib_memnoise.host.gradients import frozen_network, is_out_of_memory, run_leanly
+from lib_memnoise.host.gradients import frozen_network, run_leanly
 from lib_memnoise.host.predictor import Interrupted, Unsupported, empty_prompt, make_predictor
 from lib_memnoise.host.rows import Cond
+from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.mitigations.outcome import Outcome, run
 from lib_memnoise.settings import INFOTEXT, Settings, preset_for, to_infotext

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lib_memnoise.checkpointing import checkpointed
 from lib_memnoise.host.predictor import Predictor
+from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations.outcome import Outcome, run, run_each
 from lib_memnoise.settings import Settings
 
@@ -69,15 +70,6 @@ def first_attempt(x: Tensor, rows: int, free: float) -> Lean:
     size = 2 if devices.dtype_unet in (torch.float16, torch.bfloat16) else 4
     pixels = x.shape[-1] * x.shape[-2]
     return next((lean for lean, kept in KEPT.items() if kept * size * rows * pixels < free), Lean.ONE_BY_ONE)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-        return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and any(
-        words in said for words in ("out of memory", "not enough memory", "can't allocate memory")
-    )
 
 
 def run_leanly(x: Tensor, delta: Predictor, settings: Settings, *, parameterization: str) -> Outcome:
