@@ -190,7 +190,7 @@ def test_damaged_files_are_refused(packed: Path, tmp_path: Path, damage: str) ->
         file.unlink()
     elif damage == "no manifest":
         index.unlink()
-    elif damage == "half a manifest":
+    elif damage == "manifest cut":
         index.write_text(index.read_text()[:40])
     else:
         index.write_text('["sha256"]')
