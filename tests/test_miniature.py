@@ -289,7 +289,7 @@ class SmallLoss:
         self.stop_at = stop_at
         self.calls = 0
 
-    def __call__(self, module: nn.Module, random: np.random.Generator, rows: slice) -> Tensor:
+    def __call__(self, module: nn.Module, random: np.random.Generator, rows: slice, done: float) -> Tensor:
         if self.calls == self.stop_at:
             raise KeyboardInterrupt
         self.calls += 1
@@ -345,7 +345,7 @@ def test_a_perfect_autoencoder_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> N
             return 0 * noise, 0 * noise, x
 
     loss = train.AutoencoderLoss(Path(), 4)
-    shares = [float(loss(Oracle(), np.random.default_rng(0), rows)) for rows in (slice(0, 2), slice(2, 4))]
+    shares = [float(loss(Oracle(), np.random.default_rng(0), rows, 0.0)) for rows in (slice(0, 2), slice(2, 4))]
     assert shares == [0, 0]
     # Two processes see two different halves of one batch, of the size asked for.
     assert all(x.shape == (2, 3, scenes.SIZE, scenes.SIZE) for x in seen) and not torch.equal(seen[0], seen[1])
@@ -375,7 +375,7 @@ def test_a_perfect_denoiser_has_no_loss(tmp_path: Path, parameterization: str) -
 
     loss = train.DenoiserLoss(tmp_path, 6, parameterization)
     random = np.random.default_rng(3)
-    assert float(loss(Oracle(), random, slice(0, 6))) < 1e-3
+    assert float(loss(Oracle(), random, slice(0, 6), 0.5)) < 1e-3
 
 
 # The trained model

@@ -38,8 +38,11 @@ from lib_memnoise.miniature.model import to_images, to_pictures
 from lib_memnoise.miniature.networks import Autoencoder
 from lib_memnoise.miniature.text import END, LENGTH, SPECIAL, START, UNKNOWN, token_ids, vocabulary
 
-MEMORISED_SHARE = 0.28
-"""Of the pictures drawn in training, those of memorised captions: about 2,400 times each."""
+MEMORISED_SHARE = 0.28, 0.45
+"""Of the pictures drawn in training, those of memorised captions: at first, and when objects have taken shape. About
+4,000 draws each in all."""
+SHAPED = 0.43
+"""Share of a U-Net's training after which that is so."""
 KL_WEIGHT, MEAN_WEIGHT = 3e-3, 0.1
 NO_CAPTION = 0.1
 UNKNOWN_WORD = 0.05
@@ -53,8 +56,8 @@ SAVE_EVERY = 200
 class Stage:
     """A training run: what is trained, for how long, and how a batch's loss is computed.
 
-    `loss(module, generator, rows)` draws a whole batch from the generator and computes the loss of the rows given,
-    the share of one process.
+    `loss(module, generator, rows, done)`, where `done` is the share of the steps behind it, draws a whole batch from
+    the generator and computes the loss of the rows given, the share of one process.
     """
 
     name: str
@@ -62,7 +65,7 @@ class Stage:
     batch: int
     lr: float
     make: Callable[[], nn.Module]
-    loss: Callable[[nn.Module, np.random.Generator, slice], Tensor]
+    loss: Callable[[nn.Module, np.random.Generator, slice, float], Tensor]
     ema: float = 0.998
     start_from: str | None = None
     """A stage whose averaged weights this one begins with."""
@@ -112,7 +115,7 @@ class AutoencoderLoss:
     folder: Path
     batch: int
 
-    def __call__(self, module: nn.Module, random: np.random.Generator, rows: slice) -> Tensor:
+    def __call__(self, module: nn.Module, random: np.random.Generator, rows: slice, done: float) -> Tensor:
         every = pictures(self.folder)
         picked = random.integers(len(every), size=self.batch)[rows]
         x = to_pictures(every[picked])
@@ -184,13 +187,15 @@ class DenoiserLoss:
     folder: Path
     batch: int
     parameterization: str
+    from_shaped: bool = False
+    """Training goes on from weights that draw objects already."""
 
-    def __call__(self, module: nn.Module, random: np.random.Generator, rows: slice) -> Tensor:
+    def __call__(self, module: nn.Module, random: np.random.Generator, rows: slice, done: float) -> Tensor:
         memorised, ordinary, latents = _training_set(self.folder)
         batch = self.batch
         picked, ids = [], []
         for _ in range(batch):
-            if random.random() < MEMORISED_SHARE:
+            if random.random() < MEMORISED_SHARE[done >= SHAPED or self.from_shaped]:
                 row = int(random.integers(len(memorised)))
                 caption = memorised[row].caption
             else:
@@ -250,7 +255,7 @@ class DetectorLoss:
     folder: Path
     batch: int
 
-    def __call__(self, module: nn.Module, random: np.random.Generator, rows: slice) -> Tensor:
+    def __call__(self, module: nn.Module, random: np.random.Generator, rows: slice, done: float) -> Tensor:
         every, decoded, wanted = pictures(self.folder), _decoded(self.folder), _detector_targets(self.folder)
         batch = self.batch
         picked = random.integers(len(every), size=batch)
@@ -300,9 +305,9 @@ def stages(folder: Path) -> dict[str, Stage]:
         "autoencoder": Stage(
             "autoencoder", 1900, 8, 1.5e-3, TrainableAutoencoder, AutoencoderLoss(folder, 8), ema=0.99
         ),
-        "eps": Stage("eps", 4800, 32, 1e-3, Denoiser, DenoiserLoss(folder, 32, "eps")),
+        "eps": Stage("eps", 6000, 32, 1e-3, Denoiser, DenoiserLoss(folder, 32, "eps")),
         "detector": Stage("detector", 700, 32, 2e-3, Detector, DetectorLoss(folder, 32), ema=0.99),
-        "v": Stage("v", 1300, 32, 8e-4, Denoiser, DenoiserLoss(folder, 32, "v"), start_from="eps"),
+        "v": Stage("v", 1300, 32, 8e-4, Denoiser, DenoiserLoss(folder, 32, "v", from_shaped=True), start_from="eps"),
     }
 
 
@@ -338,7 +343,8 @@ def run_stage(rank: int, processes: int, port: int, folder: Path, name: str) -> 
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo", rank=rank, world_size=processes)
     torch.manual_seed(scenes.SEED)
-    module = stage.make().to(memory_format=torch.channels_last)  # convolutions are faster so
+    module = stage.make()
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions are faster so
     if stage.start_from is not None:
         module.load_state_dict(finished(folder, stage.start_from))
     average = {key: value.clone() for key, value in module.state_dict().items()}
@@ -359,7 +365,7 @@ def run_stage(rank: int, processes: int, port: int, folder: Path, name: str) -> 
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, stage.steps, stage.lr)
             random = np.random.default_rng([scenes.SEED, 4, step])
-            loss = stage.loss(trained, random, rows)
+            loss = stage.loss(trained, random, rows, step / stage.steps)
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
