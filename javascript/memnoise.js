@@ -1,17 +1,22 @@
-// Shows the controls of the chosen method and, for the preset "custom", its values; no round trip to the server.
-function memnoiseShow(methodLabel, presetLabel) {
+// Shows the controls that the chosen method, preset, "when" and start of guidance use; no round trip to the server.
+function memnoiseShow(methodLabel, presetLabel, whenLabel, guidanceLabel) {
     const root = gradioApp().querySelector("#script_memnoise_enabled");
     if (!root) return [];
     const names = JSON.parse(root.querySelector(".memnoise-labels").dataset.labels);
-    const method = names[methodLabel];
-    const preset = names[presetLabel];
-    for (const part of root.querySelectorAll(".memnoise-part")) {
-        const shown = part.classList.contains(`memnoise-${method}`) &&
-            (!part.classList.contains("memnoise-preset-hint") || part.classList.contains(`memnoise-preset-${preset}`));
+    const method = names.method[methodLabel];
+    const preset = names.preset[presetLabel];
+    const guidance = names.guidance[guidanceLabel];
+    const now = {
+        when: names.when[whenLabel],
+        guidance: guidance === "method" ? names.starts[method] : guidance,
+    };
+    for (const part of root.querySelectorAll(".memnoise-part, .memnoise-custom, .memnoise-only")) {
+        const has = (name) => part.classList.contains(`memnoise-${name}`);
+        const shown = (!has("part") || has(method)) &&
+            (!has("custom") || preset === "custom") &&
+            (!has("only") || Object.entries(now).some(([name, value]) => has(`only-${name}-${value}`))) &&
+            (!has("preset-hint") || has(`preset-${preset}`));
         part.classList.toggle("memnoise-hidden", !shown);
-    }
-    for (const control of root.querySelectorAll(".memnoise-custom")) {
-        control.classList.toggle("memnoise-hidden", preset !== "custom");
     }
     return [];
 }
@@ -19,5 +24,5 @@ function memnoiseShow(methodLabel, presetLabel) {
 onUiLoaded(() => {
     // The first values may come from ui-config.json, so they are read off the page.
     const value = (name) => gradioApp().querySelector(`#script_memnoise_${name} input`)?.value;
-    memnoiseShow(value("method"), value("preset"));
+    memnoiseShow(...["method", "preset", "when", "guidance"].map(value));
 });

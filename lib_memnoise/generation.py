@@ -7,6 +7,18 @@ from dataclasses import dataclass, field
 from lib_memnoise.settings import INFOTEXT, Settings
 
 
+@dataclass(frozen=True)
+class TracePoint:
+    """‖Δ(x_t, t)‖ of one image at one evaluation of its sampler."""
+
+    t: float
+    magnitude: float
+    guided: bool
+    """Guidance was on."""
+    against: str
+    """"empty" or "negative": the prompt it is measured against."""
+
+
 @dataclass
 class ImageReport:
     """What happened to one image. None: not measured."""
@@ -27,6 +39,13 @@ class ImageReport:
     notes: list[str] = field(default_factory=list)
     failed: str | None = None
     """Why the image was generated without mitigation."""
+    threshold: float | None = None
+    """The score above which an image is mitigated, where only such images are."""
+    left_alone: bool = False
+    """Not mitigated, because its score is not above the threshold."""
+    transition: float | None = None
+    """Where guidance started at the image's own transition point: its timestep."""
+    trace: list[TracePoint] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -34,7 +53,8 @@ class ImageReport:
 
 
 REPORT_KEYS = (
-    "used", "magnitude", "magnitude after", "steps taken", "norm", "rows", "backward rows", "note", "failed",
+    "used", "magnitude", "magnitude after", "mitigated", "steps taken", "norm", "transition at", "rows",
+    "backward rows", "note", "failed",
 )  # fmt: skip
 
 
@@ -65,8 +85,10 @@ def report_infotext(report: ImageReport) -> dict[str, str | int | None]:
         " ".join(used) or None,
         _number(report.before),
         _number(report.after),
+        None if report.threshold is None else str(not report.left_alone),
         report.steps,
         _number(report.norm),
+        _number(report.transition),
         report.forward_rows or None,
         report.backward_rows or None,
         "; ".join(report.notes) or None,

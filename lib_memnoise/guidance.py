@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
+from lib_memnoise.settings import Settings
+
 TIMESTEP_ROUNDING = 0.01
 """A timestep recovered from a float32 sigma is off by up to about 1e-3, and published values of τ are rounded to
 four decimals, while the steps of any sampler's grid lie whole timesteps apart."""
+ALWAYS = 999.0
+"""τ of guidance that is on from the first step."""
 
 
 def guidance_off(timestep: float, tau: float) -> bool:
@@ -14,3 +20,46 @@ def guidance_off(timestep: float, tau: float) -> bool:
     unconditional prediction is followed: ε_CFG(x_t, t, y) = ε_θ(x_t, t, y_null).
     """
     return timestep > tau + TIMESTEP_ROUNDING
+
+
+def transition_point(curve: list[tuple[float, float]]) -> float | None:
+    """The timestep of the first local minimum of ‖Δ‖ along a trajectory, if it has one.
+
+    It is known one step after it: where d[k−2] > d[k−1] < d[k] (Jain et al. 2025). `curve`: timesteps, descending, each
+    with its ‖Δ‖.
+    """
+    for (_, before), (t, value), (_, after) in zip(curve, curve[1:], curve[2:]):
+        if before > value < after:
+            return t
+    return None
+
+
+@dataclass
+class Start:
+    """When guidance starts for one image: at τ, or at its own transition point."""
+
+    tau: float = ALWAYS
+    """The latest timestep at which it starts, and where there is no transition to wait for, the only one."""
+    at_transition: bool = False
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    """Timestep and ‖Δ‖ of each step so far."""
+
+    def observe(self, timestep: float, magnitude: float) -> None:
+        """‖Δ(x_t, t)‖, seen before it is decided how this step goes on."""
+        if not self.curve or timestep < self.curve[-1][0]:  # some samplers ask twice at one timestep
+            self.curve.append((timestep, magnitude))
+
+    def is_off(self, timestep: float) -> bool:
+        if self.at_transition and transition_point(self.curve) is not None:
+            return False
+        return guidance_off(timestep, self.tau)
+
+
+def make_start(settings: Settings) -> Start:
+    """The start of guidance that resolved settings ask for."""
+    if settings.start == "transition":
+        return Start(settings.latest, at_transition=True)
+    if settings.start == "tau":
+        assert settings.tau is not None
+        return Start(settings.tau)
+    return Start()

@@ -33,6 +33,8 @@ class Spec:
     """Accepted values and what people see for them."""
     methods: tuple[str, ...] = ()
     """The methods that use it; empty: all."""
+    only: tuple[str, str] | None = None
+    """A setting and the value that it must take for this one to be used."""
     preset: bool = False
     """A preset supplies it where it is not given."""
     advanced: bool = False
@@ -48,6 +50,13 @@ PRESETS = {
     "sd2_v": "SD 2.x v",
     "custom": "Custom",
 }
+STARTS = {
+    "method": "where the method has it",
+    "first": "at the first step",
+    "tau": "at timestep τ",
+    "transition": "at the image's own transition point",
+}
+MITIGATED = {"always": "every image", "flagged": "images that score as memorised"}
 _BATCH, _SAMPLE = ("batch_wise",), ("per_sample",)
 
 
@@ -67,6 +76,36 @@ class Settings:
         label="Preset",
         help="Published values for the kind of checkpoint. Custom: set them yourself.",
         choices=PRESETS,
+    )
+    when: str = _setting(
+        "always",
+        label="Mitigate",
+        choices=MITIGATED,
+        help="By ‖Δ(x_T, T)‖, which is high for memorised prompts. Other images come as they would without memnoise.",
+    )
+    threshold: float | None = _setting(
+        None,
+        label="Score threshold",
+        low=0,
+        high=1000,
+        step=0.01,
+        only=("when", "flagged"),
+        preset=True,
+        help="An image whose score is above it counts as memorised. At the checkpoint's own image size; scaled.",
+    )
+    exact_batches: bool = _setting(
+        False,
+        label="Exact mixed batches",
+        advanced=True,
+        only=("when", "flagged"),
+        help="Images left alone are bit for bit those without memnoise, also beside mitigated ones; costs the rows "
+        "that guidance off saves.",
+    )
+    guidance: str = _setting(
+        "method",
+        label="Guidance starts",
+        choices=STARTS,
+        help="Batch-wise has it at τ, the others at the first step.",
     )
     gamma: float | None = _setting(
         None,
@@ -104,9 +143,19 @@ class Settings:
         low=0,
         high=999,
         step=0.1,
-        methods=_BATCH,
+        only=("guidance", "tau"),
         preset=True,
         help="Guidance is off at timesteps above τ, whatever the sampler. 999: guidance from the first step.",
+    )
+    latest: float = _setting(
+        700.0,
+        label="Transition at the latest at timestep",
+        low=0,
+        high=999,
+        step=1,
+        only=("guidance", "transition"),
+        help="Guidance starts at the first local minimum of the image's ‖Δ‖, or here. Costs a network row an image in "
+        "each step before.",
     )
     lr: float | None = _setting(
         None,
@@ -162,6 +211,13 @@ class Settings:
         choices={"empty": "empty prompt", "negative": "negative prompt"},
         help="What the prediction is measured against, and what is followed while guidance is off.",
     )
+    trace: bool = _setting(
+        False,
+        label="Trace the magnitude",
+        advanced=True,
+        help="‖Δ‖ of every image along the trajectory. Costs nothing in steps with guidance on, a network row an image "
+        "in those without.",
+    )
     hires: bool = _setting(
         False,
         label="Hires second pass too",
@@ -177,7 +233,13 @@ class Settings:
 
     def of_method(self) -> dict[str, Any]:
         """The settings that the chosen method uses, by name."""
-        return {name: getattr(self, name) for name in SPECS if is_used(name, self.method)}
+        values = {name: getattr(self, name) for name in SPECS}
+        return {name: value for name, value in values.items() if is_used(name, values)}
+
+    @property
+    def start(self) -> str:
+        """When guidance starts: "first", "tau" or "transition"."""
+        return METHODS[self.method].guidance if self.guidance == "method" else self.guidance
 
     def resolved(self, preset: str) -> Settings:
         """These settings with nothing left to a preset.
@@ -213,27 +275,30 @@ class Settings:
 
 SPECS: dict[str, Spec] = {f.name: f.metadata["spec"] for f in fields(Settings)}
 DEFAULTS = Settings()
+DECIDING = ("method", *dict.fromkeys(spec.only[0] for spec in SPECS.values() if spec.only is not None))
+"""The settings by which others are used or not."""
 
 SIGMA_MAX = 14.6146
 """Of SD's noise schedule, t = 999: the scale of the latents that an Euler sampler starts from."""
 
+# `threshold` is the largest target that the paper sweeps; nothing is published for scores.
 PRESET_VALUES: dict[str, dict[str, Any]] = {
     # Appendix B, DDIM.
     "sd1": {
         "gamma": 0.7, "rho": 50.0, "steps": 2, "tau": 900.0,
-        "lr": 0.01, "target": 0.9, "target_kind": "absolute",
+        "lr": 0.01, "target": 0.9, "target_kind": "absolute", "threshold": 1.5,
     },
     # Appendix B, Euler. Inferred, not published: γ̃, ρ and lr act on latents scaled by σ_max and on v, so they are
     # divided by it here (γ̃ on ε is then 0.7, SD1.4's very value); targets are in v, of which the paper sweeps
     # 5…20 and names no default.
     "sd2_v": {
         "gamma": round(0.7 / SIGMA_MAX, 4), "rho": round(30 / SIGMA_MAX, 4), "steps": 4, "tau": 917.449,
-        "lr": round(0.1 / SIGMA_MAX, 5), "target": 10.0, "target_kind": "absolute",
+        "lr": round(0.1 / SIGMA_MAX, 5), "target": 10.0, "target_kind": "absolute", "threshold": 20.0,
     },
     # Checkpoints without published numbers (SDXL): SD1.4's, but the target relative to what the image starts from.
     "relative": {
         "gamma": 0.7, "rho": 50.0, "steps": 2, "tau": 900.0,
-        "lr": 0.01, "target": 0.5, "target_kind": "fraction",
+        "lr": 0.01, "target": 0.5, "target_kind": "fraction", "threshold": 1.5,
     },
 }  # fmt: skip
 
@@ -276,8 +341,30 @@ def type_of(name: str) -> type:
     return _TYPES[annotation.removesuffix(" | None")]
 
 
-def is_used(name: str, method: str) -> bool:
-    return not SPECS[name].methods or method in SPECS[name].methods
+def effective(name: str, values: Mapping[str, Any]) -> Any:
+    """What a setting comes to among these (defaults where they are missing)."""
+    value = values.get(name, getattr(DEFAULTS, name))
+    if name == "guidance" and value == "method":
+        return METHODS[effective("method", values)].guidance
+    return value
+
+
+def is_used(name: str, values: Mapping[str, Any]) -> bool:
+    """Whether a setting means anything among these (defaults where they are missing)."""
+    spec = SPECS[name]
+    if spec.methods and effective("method", values) not in spec.methods:
+        return False
+    return spec.only is None or effective(spec.only[0], values) == spec.only[1]
+
+
+def misplaced(name: str, values: Mapping[str, Any]) -> str:
+    """Why a setting is not used among these, as the end of a sentence."""
+    spec, method = SPECS[name], effective("method", values)
+    if spec.methods and method not in spec.methods:
+        return f"belongs to the method {' and '.join(spec.methods)}, but the method is {method}."
+    assert spec.only is not None
+    other, wanted = spec.only
+    return f"is used only where {other} is {wanted}, but it is {effective(other, values)}."
 
 
 def requirement(name: str) -> str:
@@ -326,19 +413,15 @@ def from_mapping(given: Mapping[str, Any]) -> Settings:
     """Validated settings from names and values; missing names take the defaults.
 
     Raises:
-        SettingError: see `check`; also a setting that the chosen method does not use.
+        SettingError: see `check`; also a setting that the others leave without meaning.
     """
     for name in given:
         if not isinstance(name, str):
             raise SettingError(f"memnoise has no setting {name!r}; it has {', '.join(SPECS)}.")
     settings = Settings(**{name: check(name, value) for name, value in given.items()})
     for name in given:
-        if not is_used(name, settings.method):
-            owners = " and ".join(SPECS[name].methods)
-            raise SettingError(
-                f"memnoise: {name} = {_shown(given[name])} belongs to the method {owners}, "
-                f"but the method is {settings.method}."
-            )
+        if not is_used(name, given):
+            raise SettingError(f"memnoise: {name} = {_shown(given[name])} {misplaced(name, given)}")
     return settings
 
 
@@ -421,6 +504,8 @@ def json_schema() -> dict[str, Any]:
             entry["x-presets"] = {preset: values[name] for preset, values in PRESET_VALUES.items()}
         if spec.methods:
             entry["x-methods"] = list(spec.methods)
+        if spec.only is not None:
+            entry["x-only"] = {spec.only[0]: spec.only[1]}
         entry["x-infotext"] = infotext_key(name)
         properties[name] = entry
     return {

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib_memnoise.guidance import guidance_off
+from lib_memnoise.guidance import Start, guidance_off, make_start, transition_point
+from lib_memnoise.settings import from_mapping
 
 
 def euler_timesteps(steps: int = 50) -> torch.Tensor:
@@ -25,3 +26,46 @@ def test_a_step_at_tau_has_guidance(tau: float, off: int) -> None:
 
 def test_ddim_at_900() -> None:
     assert [t for t in range(981, 0, -20) if guidance_off(t, 900)] == [981, 961, 941, 921, 901]
+
+
+@pytest.mark.parametrize(
+    ("values", "transition"),
+    [
+        ([3.0, 2.0, 1.0, 1.5], 721),  # the third of 761, 741, 721, 701
+        ([3.0, 2.0, 2.5, 1.0, 4.0], 741),  # the first, not the lowest
+        ([1.0, 2.0, 3.0], None),  # rising from the first step is no minimum
+        ([3.0, 2.0, 2.0, 2.5], None),  # neither is a plateau
+        ([3.0, 2.0, 1.0], None),
+        ([3.0, 2.0], None),
+        ([], None),
+    ],
+)
+def test_transition_point(values: list[float], transition: float | None) -> None:
+    curve = [(761.0 - 20 * k, value) for k, value in enumerate(values)]
+    assert transition_point(curve) == transition
+    start = Start(700, at_transition=True)
+    off = []
+    for t, value in curve:
+        start.observe(t, value)
+        off.append(start.is_off(t))
+    # It is known one step after the minimum, and guidance is on from that step.
+    expected = [t > 700 and (transition is None or t >= transition) for t, _ in curve]
+    assert off == expected
+
+
+def test_a_second_look_at_one_timestep_is_not_a_step() -> None:
+    start = Start(0, at_transition=True)
+    for t, value in ((900.0, 3.0), (880.0, 2.0), (880.0, 2.5), (890.0, 9.0)):
+        start.observe(t, value)
+    assert start.curve == [(900.0, 3.0), (880.0, 2.0)] and start.is_off(860)
+
+
+def test_guidance_starts_as_the_settings_say() -> None:
+    def start(**given: object) -> Start:
+        return make_start(from_mapping(given).resolved("sd1"))
+
+    assert start() == Start(900)
+    assert start(method="per_sample") == start(method="none") == start(guidance="first") == Start(999)
+    assert start(method="none", guidance="tau", tau=860) == Start(860)
+    assert start(guidance="transition", latest=640) == Start(640, at_transition=True)
+    assert not start(method="none").is_off(999)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.settings import (
+    DECIDING,
     DEFAULTS,
     PRESET_VALUES,
     SPECS,
@@ -43,9 +44,10 @@ def valid(name: str) -> st.SearchStrategy[Any]:
 @st.composite
 def mappings(draw: st.DrawFn) -> dict[str, Any]:
     method = draw(st.sampled_from(list(METHODS)))
-    names = [n for n in SPECS if n not in ("method", "enabled") and is_used(n, method)]
+    deciding = {"method": method, **{name: draw(valid(name)) for name in DECIDING if name != "method"}}
+    names = [n for n in SPECS if n not in (*DECIDING, "enabled") and is_used(n, deciding)]
     chosen = draw(st.lists(st.sampled_from(names), unique=True))
-    return {"enabled": True, "method": method, **{name: draw(valid(name)) for name in chosen}}
+    return {"enabled": True, **deciding, **{name: draw(valid(name)) for name in chosen}}
 
 
 @given(mappings(), st.sampled_from(list(PRESET_VALUES)))
@@ -100,8 +102,17 @@ def test_other_mistakes() -> None:
         from_mapping({"taw": 900})
     with pytest.raises(SettingError, match=r"lr = 0.1 belongs to the method per_sample, but the method is batch_wise"):
         from_mapping({"lr": 0.1})
-    with pytest.raises(SettingError, match=r'method = "wise" is not valid; it must be one of batch_wise, per_sample'):
+    with pytest.raises(
+        SettingError, match=r'method = "wise" is not valid; it must be one of batch_wise, per_sample, none'
+    ):
         from_mapping({"method": "wise"})
+    with pytest.raises(SettingError, match=r"tau = 900 is used only where guidance is tau, but it is first\."):
+        from_mapping({"method": "per_sample", "tau": 900})
+    assert from_mapping({"method": "per_sample", "guidance": "tau", "tau": 900}).start == "tau"
+    with pytest.raises(SettingError, match=r"tau = 900 is used only where guidance is tau, but it is transition\."):
+        from_mapping({"guidance": "transition", "tau": 900})
+    with pytest.raises(SettingError, match=r"threshold = 2 is used only where when is flagged, but it is always\."):
+        from_mapping({"threshold": 2})
     with pytest.raises(SettingError, match=r"steps = 1\.5"):
         from_mapping({"steps": 1.5})
     with pytest.raises(SettingError, match="has no setting 3"):

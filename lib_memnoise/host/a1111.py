@@ -19,16 +19,16 @@ from modules import devices, errors, processing, shared
 from torch import Tensor
 
 from lib_memnoise.generation import REPORT_KEYS, Generation, ImageReport, report_infotext
-from lib_memnoise.guidance import guidance_off
+from lib_memnoise.guidance import ALWAYS, Start, make_start
 from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.gate import Gate
 from lib_memnoise.host.gradients import frozen_network, run_leanly
-from lib_memnoise.host.predictor import Interrupted, Unsupported, empty_prompt, make_predictor
+from lib_memnoise.host.predictor import Interrupted, Predictor, Unsupported, empty_prompt, make_predictor
 from lib_memnoise.host.rows import Cond
 from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations import METHODS
-from lib_memnoise.mitigations.outcome import Outcome, run
-from lib_memnoise.settings import INFOTEXT, Settings, preset_for, to_infotext
+from lib_memnoise.mitigations.outcome import Outcome, Scored, run, run_some, score
+from lib_memnoise.settings import INFOTEXT, Settings, preset_for, size_factor, to_infotext
 
 GATE = "memnoise_gate"
 
@@ -116,12 +116,17 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
         settings = generation.settings.resolved(generation.preset)
         with left_as_it_was(p):
             shared.state.textinfo = "Memnoise: adjusting the noise"
-            predictor = make_predictor(p, x, c, uc, reference=settings.reference, reports=reports, empty=empty)
-            if METHODS[settings.method].needs_gradient:
-                with frozen_network():
-                    outcome = run_leanly(noise, predictor, settings, parameterization=parameterization())
-            else:
-                outcome = run(noise, predictor, settings, parameterization=parameterization())
+            predictor = make_predictor(
+                p,
+                x,
+                c,
+                uc,
+                reference=settings.reference,
+                reports=reports,
+                empty=empty,
+                as_host=is_measured_first(settings),
+            )
+            outcome = adjusted(noise, predictor, settings, reports)
     except Interrupted:
         for report in reports:
             report.note("interrupted before the noise was adjusted")
@@ -130,17 +135,20 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
     else:
         noise.copy_(outcome.x)
         t = predictor.step.t
-        tau = settings.tau if METHODS[settings.method].holds_guidance else None
-        for report in reports:
-            report.used = {**outcome.used, "T": t}
-            if tau is not None and tau < 999 and not guidance_off(t, tau):
-                report.note(f"guidance is never off: the first timestep {t:g} is not above tau {tau:g}")
         fill_reports(reports, outcome)
+        starts = [Start() if report.left_alone else make_start(settings) for report in reports]
+        for report, start in zip(reports, starts):
+            if not report.left_alone:
+                report.used = {**outcome.used, "T": t}
+            if start.tau < ALWAYS and not start.is_off(t):
+                report.note(f"guidance is never off: the first timestep {t:g} is not above tau {start.tau:g}")
         gate = Gate(
             p,
             p.sampler.model_wrap_cfg,
             reports=reports,
-            tau=tau,
+            starts=starts,
+            tracing=settings.trace,
+            exact=settings.exact_batches and any(report.left_alone for report in reports),
             reference=settings.reference,
             empty=empty,
             expected_t=t,
@@ -152,12 +160,44 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
             fail_sampling(p, RuntimeError(next(iter(outcome.failed.values()))))
 
 
+def is_measured_first(settings: Settings) -> bool:
+    """Whether Δ(x_T, T) is evaluated for itself, before anything is adjusted."""
+    return settings.when == "flagged" or settings.method == "none"
+
+
+def adjusted(noise: Tensor, predictor: Predictor, settings: Settings, reports: list[ImageReport]) -> Outcome:
+    """Score the images if that is asked for, and adjust those that are to be mitigated."""
+    kind = parameterization()
+
+    def way(x: Tensor, delta: Any) -> Outcome:
+        if not METHODS[settings.method].needs_gradient:
+            return run(x, delta, settings, parameterization=kind)
+        with frozen_network():
+            # With a gradient, what is known of the score is of no use.
+            network = delta.inner if isinstance(delta, Scored) else delta
+            assert isinstance(network, Predictor)
+            return run_leanly(x, network, settings, parameterization=kind)
+
+    if not is_measured_first(settings):
+        return way(noise, predictor)
+    measured = score(noise, predictor)
+    images = list(range(len(reports)))
+    if settings.when == "flagged":
+        assert settings.threshold is not None
+        threshold = settings.threshold * size_factor(noise[0].numel(), kind)
+        images = measured.flagged(threshold)
+        for i, report in enumerate(reports):
+            report.threshold, report.left_alone = threshold, i not in images
+    return run_some(images, noise, Scored(predictor, measured), way)
+
+
 def fill_reports(reports: list[ImageReport], outcome: Outcome) -> None:
     for name in ("before", "after", "steps", "norm"):
         values = getattr(outcome, name)
         if values is not None:
             for report, value in zip(reports, values.tolist()):
-                setattr(report, name, value)
+                if not report.left_alone:
+                    setattr(report, name, value)
     for image, notes in outcome.notes.items():
         for note in notes:
             reports[image].note(note)
@@ -173,7 +213,8 @@ def fail(p: Any, generation: Generation, reports: list[ImageReport], error: Exce
     if not isinstance(error, Unsupported):
         errors.report("memnoise: the noise could not be adjusted", exc_info=True)
     for report in reports:
-        report.failed = reason
+        if not report.left_alone:
+            report.failed = reason
     devices.torch_gc()
     if generation.fail_instead:
         fail_sampling(p, RuntimeError(f"memnoise: {reason}"))
@@ -254,7 +295,7 @@ def comment(p: Any, batch_number: int) -> None:
 
 
 def summary(settings: Settings, report: ImageReport) -> str:
-    parts = [METHODS[settings.method].label.lower()]
+    parts = ["left alone" if report.left_alone else METHODS[settings.method].label.lower()]
     if report.before is not None:
         after = "" if report.after is None else f" → {report.after:.4g}"
         parts.append(f"magnitude {report.before:.4g}{after}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from lib_memnoise.settings import SPECS, SettingError, Settings, check, from_mapping, from_shown, is_used
+from lib_memnoise.settings import DECIDING, SPECS, SettingError, Settings, check, from_mapping, from_shown, is_used
 
 PLOT = "memnoise_plot"
 """Attribute of a plot cell's `p`: what its axes set, by name."""
@@ -39,9 +39,9 @@ def requested(p: Any, args: Sequence[Any]) -> Settings | Refusal:
     try:
         plot: Mapping[str, Any] = getattr(p, PLOT, {})
         merged = {**from_arguments(args), **plot}
-        if "method" in plot:
+        if plot.keys() & DECIDING:
             # A plot over methods keeps of the other settings those that the cell's method uses.
-            merged = {name: value for name, value in merged.items() if is_used(name, plot["method"])}
+            merged = {name: value for name, value in merged.items() if is_used(name, merged)}
         return from_mapping(merged)
     except SettingError as error:
         return Refusal(str(error))
@@ -86,11 +86,12 @@ def from_arguments(args: Sequence[Any]) -> dict[str, Any]:
 def from_controls(slots: Mapping[str, Any]) -> dict[str, Any]:
     """The page's controls: what the chosen method uses, and a preset's values only where it is Custom."""
     values = {name: from_shown(name, slots[name]) for name in CONTROLS}
-    method, preset = check("method", values["method"]), check("preset", values["preset"])
+    deciding = {name: check(name, values[name]) for name in CONTROLS if name in DECIDING}
+    preset = check("preset", values["preset"])
     return {
         name: values[name]
         for name in CONTROLS
-        if is_used(name, method) and (preset == "custom" or not SPECS[name].preset)
+        if is_used(name, deciding) and (preset == "custom" or not SPECS[name].preset)
     }
 
 

@@ -1,20 +1,21 @@
-"""Holds guidance back while t > τ: in those steps the sampler is given the unconditional prediction alone.
+"""Holds guidance back, image by image: until then the sampler is given the unconditional prediction alone.
 
-And counts what the sampler evaluates, and spares it what has been evaluated.
+And counts what the sampler evaluates, spares it what has been evaluated, and traces ‖Δ‖.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from modules import shared
 from torch import Tensor
 
-from lib_memnoise.generation import ImageReport
-from lib_memnoise.guidance import guidance_off
+from lib_memnoise.generation import ImageReport, TracePoint
+from lib_memnoise.guidance import Start, transition_point
 from lib_memnoise.host.handover import Answers, Handover
-from lib_memnoise.host.predictor import conditioning, follows_negative, pad_unconditional
+from lib_memnoise.host.predictor import conditioning, follows_negative, joined, pad_unconditional, tokens
 from lib_memnoise.host.rows import Cond, select_rows
 
 
@@ -26,7 +27,8 @@ class Gate:
     then answers for the network. Rows with guidance on are passed through untouched. Of an image with guidance
     off, only the unconditional prediction is evaluated, once, and given for all of its rows; the host's own
     combination ε_u + w Σ w_k (ε_u − ε_u) is then ε_u exactly, also with AND, CFG++, unequal lengths and where
-    the host itself leaves the unconditional rows out (NGMS).
+    the host itself leaves the unconditional rows out (NGMS). Where ‖Δ‖ decides, or is traced, the image's prompts
+    are evaluated beside it.
     """
 
     def __init__(
@@ -35,16 +37,21 @@ class Gate:
         denoiser: Any,
         *,
         reports: list[ImageReport],
-        tau: float | None,
+        starts: list[Start],
+        tracing: bool,
+        exact: bool,
         reference: str,
         empty: Callable[[], Cond],
         expected_t: float,
         answers: Answers,
         fail_instead: bool,
     ) -> None:
+        """`exact`: rows are evaluated in the host's own batches also beside images with guidance off."""
         self.p = p
         self.reports = reports
-        self.tau = tau
+        self.starts = starts
+        self.tracing = tracing
+        self.exact = exact
         self.reference = reference
         self.empty = empty
         self.expected_t: float | None = expected_t
@@ -53,14 +60,26 @@ class Gate:
         self.steps = 0
         self.inner: Any = None
         self.error: Exception | None = None
+        self._clear()
+        self.install(denoiser)
+
+    def _clear(self) -> None:
+        """What belongs to one step of the host's denoiser."""
+        self._t = 0.0
+        self._weights: list[list[float]] = []
+        """Of each image, those of its prompts."""
         self._owners: list[int] = []
+        """The image of each row, in the host's order."""
         self._offset = 0
         self._off: set[int] = set()
+        self._decided: set[int] = set()
+        self._given: dict[int, Tensor] = {}
+        """Outputs of rows that need not be asked for."""
+        self._native: dict[int, Tensor] = {}
         self._latents: Any = None
+        self._image_cond: Any = None
+        self._cond: Cond = None
         self._uncond: Cond = None
-        self._image_uncond: Any = None
-        self._outputs: dict[int, Tensor] = {}
-        self.install(denoiser)
 
     def install(self, denoiser: Any) -> None:
         """Answer for this denoiser's network wrapper; it is a new one after a refiner switch."""
@@ -76,10 +95,10 @@ class Gate:
         denoiser = params.denoiser
         if denoiser.inner_model is not self.inner:
             self.install(denoiser)
-        self._owners, self._off, self._outputs, self._offset = [], set(), {}, 0
+        self._clear()
         self.steps += 1
         if self.steps > 1:
-            self.answers.of_image.clear()
+            self.answers.clear()
         if self.error is not None:
             return
         try:
@@ -90,66 +109,155 @@ class Gate:
     def _give_up(self, error: Exception) -> None:
         """Go on with guidance as it would be without memnoise, and say so; or let `forward` fail the request."""
         self.error = error
-        self._off = set()
+        self._off, self._given = set(), {}
         for report in self.reports:
-            report.failed = report.failed or f"guidance could not be held back: {error}"
+            if not report.left_alone:
+                report.failed = report.failed or f"guidance could not be held back: {error}"
 
     def _plan(self, denoiser: Any, params: Any) -> None:
-        repeats = [len(parts) for parts in denoiser.sampler.sampler_extra_args["cond"].batch]
-        batch = len(repeats)
-        self._owners = [i for i, n in enumerate(repeats) for _ in range(n)] + list(range(batch))
-        t = timestep_of(denoiser, params.sigma)
+        self._weights = [[part.weight for part in parts] for parts in denoiser.sampler.sampler_extra_args["cond"].batch]
+        batch = len(self._weights)
+        self._owners = [i for i, weights in enumerate(self._weights) for _ in weights] + list(range(batch))
+        self._t = t = timestep_of(denoiser, params.sigma)
         if self.expected_t is not None:
             if abs(t - self.expected_t) > 0.5:
                 for report in self.reports:
                     report.note(f"the sampler started at t = {t:g}, the noise was adjusted for {self.expected_t:g}")
             self.expected_t = None
-        if self.tau is None or not guidance_off(t, self.tau):
-            return
+        off = {i for i in range(batch) if self.reports[i].failed is None and self.starts[i].is_off(t)}
         if params.x.shape[0] != len(self._owners):
-            raise RuntimeError("another extension changed the batch")
+            self._native = {}
+            self._weights = []  # nothing is known of these rows
+            if off:
+                raise RuntimeError("another extension changed the batch")
+        if not off:
+            return
         self._latents = params.x[-batch:]
-        self._image_uncond = params.image_cond[-batch:]
-        self._uncond = self._unconditional(denoiser, params, batch)
-        self._off = {i for i in range(batch) if self.reports[i].failed is None}
+        self._image_cond = params.image_cond
+        self._cond, self._uncond = self._conditions(denoiser, params, batch)
+        self._off = off
 
-    def _unconditional(self, denoiser: Any, params: Any, batch: int) -> Cond:
-        if follows_negative(self.p, self.reference):
-            uncond = params.text_uncond
-        else:
-            uncond = select_rows(self.empty(), [0] * batch)
-        return pad_unconditional(denoiser, params.text_cond, uncond)[1]
+    def _conditions(self, denoiser: Any, params: Any, batch: int) -> tuple[Cond, Cond]:
+        """The prompts as the host evaluates them, and what is followed while guidance is off."""
+        cond, uncond = pad_unconditional(denoiser, params.text_cond, params.text_uncond)
+        if not follows_negative(self.p, self.reference):
+            empty = select_rows(self.empty(), [0] * batch)
+            uncond = pad_unconditional(denoiser, params.text_cond, empty)[1]
+        return cond, uncond
 
     def forward(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         """The network wrapper's `forward`, for the next `len(x)` rows of the step."""
+        rows = list(range(self._offset, self._offset + x.shape[0]))
         owners = self._owners[self._offset : self._offset + x.shape[0]]
         self._offset += x.shape[0]
         if self._off and (len(owners) != x.shape[0] or not torch.equal(x, self._latents[owners])):
             self._give_up(RuntimeError("another extension changed the batch"))
         if self.error is not None and self.fail_instead:
             raise self.error
-        self._evaluate_off(owners, sigma)
-        if not self._off:
-            return self._ask(owners, x, sigma, **kwargs)
-        on = [row for row, image in enumerate(owners) if image not in self._off]
-        guided = iter(self._ask([owners[row] for row in on], x[on], sigma[on], **select_rows(kwargs, on)) if on else ())
-        return torch.stack([self._outputs[image] if image in self._off else next(guided) for image in owners])
+        images = sorted(self._off.intersection(owners).difference(self._decided))
+        if images:
+            self._decide(images, sigma)
+        rest = [k for k, row in enumerate(rows) if row not in self._given]
+        if len(rest) == len(rows):
+            return self._ask(rows, x, sigma, **kwargs)
+        outputs = dict(self._given)
+        if rest and self.exact:
+            # The rows that are thrown away keep the others' batch as it would be.
+            every = self._ask(rows, x, sigma, **kwargs)
+            outputs.update((rows[k], every[k]) for k in rest)
+        elif rest:
+            asked = self._ask([rows[k] for k in rest], x[rest], sigma[rest], **select_rows(kwargs, rest))
+            outputs.update((rows[k], out) for k, out in zip(rest, asked))
+        return torch.stack([outputs[row] for row in rows])
 
-    def _ask(self, images: list[int], x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
-        """The host's own network wrapper, for rows of these images; those that the network sees are counted."""
+    def _ask(self, rows: list[int], x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        """The host's own network wrapper, for these of its rows; those that the network sees are counted."""
+        out = self._evaluate([self._owners[row] for row in rows if row < len(self._owners)], x, sigma, **kwargs)
+        if self.tracing and self._weights:
+            self._native.update(zip(rows, self._handover.native.detach()))
+            self._trace_guided()
+        return out
+
+    def _evaluate(self, images: list[int], x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         out: Tensor = self._forward(x, sigma, **kwargs)
         for image, known in zip(images, self._handover.known):
             self.reports[image].forward_rows += not known
         return out
 
-    def _evaluate_off(self, owners: list[int], sigma: Tensor) -> None:
-        images = sorted(self._off.intersection(owners).difference(self._outputs))
-        if not images:
-            return
-        cond = conditioning(select_rows(self._uncond, images), self._image_uncond[images], unconditional=True)
-        rows = [owners.index(image) for image in images]
-        out = self._ask(images, self._latents[images], sigma[rows], cond=cond)
-        self._outputs.update(zip(images, out))
+    def _rows_of(self, image: int) -> tuple[list[int], int]:
+        """The rows of an image's prompts, and its unconditional row."""
+        first = sum(len(weights) for weights in self._weights[:image])
+        unconditional = len(self._owners) - len(self._weights) + image
+        return list(range(first, first + len(self._weights[image]))), unconditional
+
+    def _magnitude(self, image: int, prompts: Sequence[Tensor], unconditional: Tensor) -> float:
+        """‖Δ‖ of native outputs: Δ = Σ w_k (out_k − out_u)."""
+        base = unconditional.float()
+        delta = sum(weight * (out.float() - base) for weight, out in zip(self._weights[image], prompts))
+        return float(torch.linalg.vector_norm(delta))  # type: ignore[arg-type]
+
+    def _decide(self, images: list[int], sigma: Tensor) -> None:
+        """Evaluate what images without guidance are given, and see whether it starts in this very step."""
+        watched = [image for image in images if self.tracing or self.starts[image].at_transition]
+        prompts = [row for image in watched for row in self._rows_of(image)[0]]
+        unconditional = conditioning(
+            select_rows(self._uncond, images),
+            self._image_cond[[self._rows_of(image)[1] for image in images]],
+            unconditional=True,
+        )
+        owners = [self._owners[row] for row in prompts]
+        conditional = (
+            conditioning(select_rows(self._cond, prompts), self._image_cond[prompts], unconditional=False)
+            if prompts
+            else {}
+        )
+
+        def ask(images: list[int], cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
+            out = self._evaluate(images, self._latents[images], sigma[:1].expand(len(images)), cond=cond)
+            return out, self._handover.native.detach()
+
+        if prompts and tokens(self._cond) == tokens(self._uncond) and shared.opts.batch_cond_uncond:
+            out, native = ask(owners + images, joined(conditional, unconditional))
+            outs, natives = out[: len(prompts)], native[: len(prompts)]
+            out, native = out[len(prompts) :], native[len(prompts) :]
+        else:
+            if prompts:
+                outs, natives = ask(owners, conditional)
+            out, native = ask(images, unconditional)
+
+        for k, image in enumerate(images):
+            start, (own, last) = self.starts[image], self._rows_of(image)
+            self._decided.add(image)
+            guided = False
+            if image in watched:
+                at = [prompts.index(row) for row in own]
+                value = self._magnitude(image, natives[at], native[k])  # type: ignore[arg-type]
+                start.observe(self._t, value)
+                guided = not start.is_off(self._t)
+                self._record(image, value, guided, follows_negative(self.p, self.reference))
+            if not guided:
+                self._given.update((row, out[k]) for row in [*own, last])
+                continue
+            self.reports[image].transition = transition_point(start.curve)
+            self._off.discard(image)
+            self._given.update(zip(own, outs[at]))
+            if follows_negative(self.p, self.reference):
+                self._given[last] = out[k]
+
+    def _trace_guided(self) -> None:
+        """Trace the images all of whose rows have been evaluated; costs nothing."""
+        for image in range(len(self._weights)):
+            prompts, unconditional = self._rows_of(image)
+            rows = [*prompts, unconditional]
+            if image not in self._decided and all(row in self._native for row in rows):
+                self._decided.add(image)
+                value = self._magnitude(image, [self._native[row] for row in prompts], self._native[unconditional])
+                self._record(image, value, True, True)
+
+    def _record(self, image: int, value: float, guided: bool, negative: bool) -> None:
+        if self.tracing:
+            against = "negative" if negative and not follows_negative(self.p, "empty") else "empty"
+            self.reports[image].trace.append(TracePoint(self._t, value, guided, against))
 
 
 def timestep_of(denoiser: Any, sigma: Tensor) -> float:

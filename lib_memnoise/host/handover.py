@@ -61,14 +61,21 @@ class Answers:
     """The rows of each image's smallest Δ: those of the noise that it is left with."""
 
     of_image: dict[int, tuple[float, list[Answer]]] = field(default_factory=dict)
+    extra: dict[int, list[Answer]] = field(default_factory=dict)
+    """Of each image, rows beside those of Δ."""
     state: tuple[Any, ...] = ()
 
     def keep(self, image: int, magnitude: float, rows: list[Answer]) -> None:
         if image not in self.of_image or magnitude <= self.of_image[image][0]:
             self.of_image[image] = magnitude, rows
 
+    def clear(self) -> None:
+        self.of_image.clear()
+        self.extra.clear()
+
     def find(self, x: Tensor, t: Tensor, cond: Any) -> Tensor | None:
-        every = (answer for _, rows in self.of_image.values() for answer in rows)
+        every = [answer for _, rows in self.of_image.values() for answer in rows]
+        every += [answer for rows in self.extra.values() for answer in rows]
         return next((answer.out for answer in every if answer.is_to(x, t, cond)), None)
 
 
@@ -80,6 +87,8 @@ class Handover:
         self._answers = answers
         self.known: list[bool] = []
         """Which rows of the last call were known."""
+        self.native: Tensor = torch.empty(0)
+        """The network's native output for the rows of the last call."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -91,15 +100,16 @@ class Handover:
         self.known = [output is not None for output in outputs]
         rest = [row for row, known in enumerate(self.known) if not known]
         if len(rest) == len(x):
-            result: Tensor = self._model.apply_model(x, t, *args, **kwargs)
-            return result
+            self.native = self._model.apply_model(x, t, *args, **kwargs)
+            return self.native
         if rest:
             asked = self._model.apply_model(
                 x[rest], t[rest], *select_rows(list(args), rest), **select_rows(kwargs, rest)
             )
             for row, output in zip(rest, asked):
                 outputs[row] = output
-        return torch.stack([output for output in outputs if output is not None])
+        self.native = torch.stack([output for output in outputs if output is not None])
+        return self.native
 
     def _known(self, x: Tensor, t: Tensor, cond: Any) -> list[Tensor | None]:
         if not self._answers.of_image or self._answers.state != network_state():

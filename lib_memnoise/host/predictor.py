@@ -79,6 +79,8 @@ class FirstStep:
     c_in: float | Tensor = 1.0
     base: float | Tensor = 0.0
     """0 in txt2img; in a second pass the clean latent, scaled as the sampler scales it."""
+    sigma: float = float("inf")
+    """What the sampler's denoiser is given: a sigma, or infinity where it counts in timesteps."""
 
     @property
     def t(self) -> float:
@@ -132,7 +134,25 @@ def first_step(p: Any, sampler: Any, x: Tensor) -> FirstStep:
         scale=scale,
         c_in=per_image(inner.get_scalings(sigma)[-1]),
         base=x if second_pass else 0.0,
+        sigma=float(sigma),
     )
+
+
+def host_calls(p: Any, rows: int, images: int, *, equal: bool, sigma: float) -> list[tuple[int, int]]:
+    """The calls in which the host's first step evaluates its rows, each from a row to the next call's first.
+
+    Rows are those of the prompts, then the unconditional ones, unless the host leaves these out.
+    """
+    together = getattr(shared.opts, "batch_cond_uncond", True)
+    early = getattr(shared.opts, "skip_early_cond", 0.0) != 0.0
+    ngms = getattr(shared.opts, "s_min_uncond_all", False) and sigma < getattr(p, "s_min_uncond", 0.0)
+    skipped = early or ngms
+    if equal or skipped:
+        every = rows if skipped else rows + images
+        size = every if together else images
+        return [(a, min(a + size, every)) for a in range(0, every, size)]
+    size = 2 * images if together else images
+    return [(a, min(a + size, rows)) for a in range(0, rows, size)] + [(rows, rows + images)]
 
 
 @dataclass(frozen=True)
@@ -154,6 +174,10 @@ class Predictor:
     """Which images of the batch these are."""
     answers: Answers
     """Takes what the sampler may ask again."""
+    host_uncond: Cond = None
+    """The host's own unconditional rows, where these are others than `uncond`."""
+    calls: tuple[tuple[int, int], ...] = ()
+    """If given, the host's rows are evaluated in these calls, as its first step would (`host_calls`)."""
 
     @property
     def rows(self) -> int:
@@ -168,6 +192,8 @@ class Predictor:
             image_cond=self.image_cond[images],
             reports=[self.reports[i] for i in images],
             images=[self.images[i] for i in images],
+            host_uncond=None,
+            calls=(),
             step=self.step
             if not isinstance(self.step.base, Tensor)
             else replace(self.step, base=self.step.base[images]),
@@ -182,8 +208,10 @@ class Predictor:
 
         conditional = conditioning(cond, self.image_cond[owners], unconditional=False)
         unconditional = conditioning(self.uncond, self.image_cond, unconditional=True)
-        if tokens(cond) == tokens(self.uncond) and getattr(shared.opts, "batch_cond_uncond", True):
-            out = self._network(torch.cat([inputs[owners], inputs]), _joined(conditional, unconditional))
+        if self.calls:
+            native_cond, native_uncond = self._as_host(inputs, owners, cond, conditional, unconditional)
+        elif tokens(cond) == tokens(self.uncond) and getattr(shared.opts, "batch_cond_uncond", True):
+            out = self._network(torch.cat([inputs[owners], inputs]), joined(conditional, unconditional))
             native_cond, native_uncond = out.split([len(owners), len(images)])
         else:
             native_cond = self._network(inputs[owners], conditional)
@@ -203,6 +231,42 @@ class Predictor:
         if delta.requires_grad:
             delta.register_hook(self._count_backward)
         return delta
+
+    def _as_host(
+        self, inputs: Tensor, owners: list[int], cond: Cond, conditional: dict[str, Any], unconditional: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The same rows, those that the host will ask for in its very calls: what is handed over is then exact."""
+        count = len(owners)
+        own = self.uncond if self.host_uncond is None else self.host_uncond
+        theirs = conditioning(own, self.image_cond, unconditional=True)
+        equal = tokens(cond) == tokens(own)
+        every = torch.cat([inputs[owners], inputs])
+        parts = []
+        for a, b in self.calls:
+            if equal:
+                condition = select_rows(joined(conditional, theirs), range(a, b))
+            elif b <= count:
+                condition = select_rows(conditional, range(a, b))
+            else:
+                condition = theirs
+            parts.append(self._network(every[a:b], condition))
+        out = torch.cat(parts)
+        native_cond, native_uncond = out[:count], out[count:]
+        if self.host_uncond is not None and len(native_uncond):
+            self._count(1)
+            self.answers.state = network_state()
+            for k, image in enumerate(self.images):
+                answer = Answer(
+                    inputs[k].detach(), self.step.timestep[0], select_rows(theirs, [k]), native_uncond[k].detach()
+                )
+                self.answers.extra.setdefault(image, []).append(answer)
+        if self.host_uncond is not None or not len(native_uncond):
+            native_uncond = self._network(inputs, unconditional)
+        return native_cond, native_uncond
+
+    def _count(self, rows: int) -> None:
+        for report in self.reports:
+            report.forward_rows += rows
 
     def _keep(
         self,
@@ -233,7 +297,8 @@ class Predictor:
         return out
 
 
-def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """One condition dict for the rows of two."""
     return {
         key: [torch.cat(pair) for pair in zip(value, second[key])]
         if isinstance(value, list)
@@ -243,20 +308,40 @@ def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 
 def make_predictor(
-    p: Any, x: Tensor, c: Any, uc: Any, *, reference: str, reports: list[ImageReport], empty: Callable[[], Cond]
+    p: Any,
+    x: Tensor,
+    c: Any,
+    uc: Any,
+    *,
+    reference: str,
+    reports: list[ImageReport],
+    empty: Callable[[], Cond],
+    as_host: bool = False,
 ) -> Predictor:
-    """Δ of the batch that the host is about to sample, under the conditions of its first step."""
+    """Δ of the batch that the host is about to sample, under the conditions of its first step.
+
+    `as_host`: what the host will ask for is evaluated as the host would, also its unconditional rows.
+    """
     denoiser = p.sampler.model_wrap_cfg
-    parts, cond = prompt_parser.reconstruct_multicond_batch(c, 0)
-    if follows_negative(p, reference):
-        uncond = prompt_parser.reconstruct_cond_batch(uc, 0)
-    else:
-        uncond = select_rows(empty(), [0] * len(parts))
-    cond, uncond = pad_unconditional(denoiser, cond, uncond)
+    parts, given = prompt_parser.reconstruct_multicond_batch(c, 0)
+    negative = prompt_parser.reconstruct_cond_batch(uc, 0)
+    same = follows_negative(p, reference)
+    uncond = negative if same else select_rows(empty(), [0] * len(parts))
+    cond, uncond = pad_unconditional(denoiser, given, uncond)
+    host_uncond, calls = None, []
+    if as_host:
+        host_cond, negative = pad_unconditional(denoiser, given, negative)
+        if not same:
+            cond, host_uncond = host_cond, negative
     if p.is_hr_pass and shared.sd_model.model.conditioning_key in ("hybrid", "concat"):
         raise Unsupported("the hires pass of an inpainting checkpoint cannot be adjusted")
+    step = first_step(p, p.sampler, x)
+    if as_host:
+        rows = sum(len(part) for part in parts)
+        equal = tokens(cond) == tokens(negative)
+        calls = host_calls(p, rows, len(parts), equal=equal, sigma=step.sigma)
     return Predictor(
-        step=first_step(p, p.sampler, x),
+        step=step,
         parts=parts,
         cond=cond,
         uncond=uncond,
@@ -264,4 +349,6 @@ def make_predictor(
         reports=reports,
         images=list(range(len(parts))),
         answers=Answers(),
+        host_uncond=host_uncond,
+        calls=tuple(calls),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from modules.ui_components import FormGroup, InputAccordion
 
 from lib_memnoise.host.arguments import CONTROLS, SLOTS
 from lib_memnoise.mitigations import METHODS
-from lib_memnoise.settings import DEFAULTS, PRESET_VALUES, SPECS, from_infotext, shown, type_of
+from lib_memnoise.settings import DEFAULTS, PRESET_VALUES, SPECS, from_infotext, is_used, shown, type_of
 
 JS = "_js" if gr.__version__.startswith("3.") else "js"
 
@@ -36,32 +37,53 @@ def control(name: str, elem_id: str) -> Any:
     return gr.Slider(minimum=spec.low, maximum=spec.high, step=spec.step, **common)
 
 
+CHOOSING = ("method", "preset", "when", "guidance")
+"""The dropdowns by which other controls are shown or hidden."""
+
+
+def classes(name: str) -> list[str]:
+    """What the page's script shows and hides a control by."""
+    spec = SPECS[name]
+    found = ["memnoise-custom"] if spec.preset else []
+    if spec.methods:
+        found += ["memnoise-part", *(f"memnoise-{method}" for method in spec.methods)]
+    if spec.only is not None:
+        found += ["memnoise-only", f"memnoise-only-{spec.only[0]}-{spec.only[1]}"]
+    return found
+
+
 def build(elem_id: Callable[[str], str]) -> tuple[list[Any], list[tuple[Any, Any]]]:
     """The accordion. Returns the components in the order of SLOTS, and what a pasted infotext does to each."""
     controls: dict[str, Any] = {}
+
+    def add(name: str) -> None:
+        controls[name] = control(name, elem_id(name))
+        if classes(name):
+            controls[name].elem_classes = classes(name)
+
     with InputAccordion(False, label="Memnoise", elem_id=elem_id("enabled")) as enabled:
         gr.HTML(f"<div class='memnoise-labels' hidden data-labels='{labels()}'></div>", visible=True)
         with gr.Row():
             for name in ("method", "preset"):
-                controls[name] = control(name, elem_id(name))
+                add(name)
         gr.HTML(hints(), elem_classes=["memnoise-hints"])
+        with gr.Row():
+            for name in ("when", "guidance"):
+                add(name)
+        with FormGroup():
+            for name in CONTROLS:
+                if SPECS[name].only is not None and not SPECS[name].advanced:
+                    add(name)
         for method in METHODS:
-            own = [name for name in CONTROLS if method in SPECS[name].methods]
-            with FormGroup(elem_classes=["memnoise-part", f"memnoise-{method}"]):
-                for name in own:
-                    if SPECS[name].preset:
-                        controls[name] = control(name, elem_id(name))
-                        controls[name].elem_classes = ["memnoise-custom"]
-                    elif not SPECS[name].advanced:
-                        controls[name] = control(name, elem_id(name))
+            own = [name for name in CONTROLS if method in SPECS[name].methods and not SPECS[name].advanced]
+            if own:
+                with FormGroup(elem_classes=["memnoise-part", f"memnoise-{method}"]):
+                    for name in own:
+                        add(name)
         with gr.Accordion("More", open=False, elem_id=elem_id("more")):
             for name in CONTROLS:
                 if name not in controls:
-                    controls[name] = control(name, elem_id(name))
-                    if SPECS[name].methods:
-                        controls[name].elem_classes = [
-                            "memnoise-part", *(f"memnoise-{method}" for method in SPECS[name].methods)
-                        ]  # fmt: skip
+                    add(name)
         unreadable = gr.Textbox(
             "",
             label="Pasted settings that could not be read (clear to go on with the values above)",
@@ -71,7 +93,7 @@ def build(elem_id: Callable[[str], str]) -> tuple[list[Any], list[tuple[Any, Any
         options = gr.JSON(visible=False, label="options (API: a dict of settings)")
         surplus = gr.JSON(visible=False, label="(leave empty)")
 
-    chosen = [controls["method"], controls["preset"]]
+    chosen = [controls[name] for name in CHOOSING]
     for component in chosen:
         component.change(fn=None, inputs=chosen, outputs=[], **{JS: "memnoiseShow"})
 
@@ -101,10 +123,12 @@ def restore_unreadable(params: Mapping[str, Any]) -> Any:
 
 
 def labels() -> str:
-    """Label to value of the two dropdowns, for the script that shows and hides controls."""
-    return json.dumps(
-        {label: key for name in ("method", "preset") for key, label in (SPECS[name].choices or {}).items()}
-    )
+    """What the page's script needs: label to value of each dropdown, and when each method has guidance start."""
+    names: dict[str, Any] = {
+        name: {label: key for key, label in (SPECS[name].choices or {}).items()} for name in CHOOSING
+    }
+    names["starts"] = {name: method.guidance for name, method in METHODS.items()}
+    return html.escape(json.dumps(names), quote=True)
 
 
 def hints() -> str:
@@ -112,6 +136,8 @@ def hints() -> str:
     lines = [f"<p class='memnoise-part memnoise-{name}'>{method.help}</p>" for name, method in METHODS.items()]
     for preset in ("auto", "sd1", "sd2_v"):
         for method in METHODS:
+            if not preset_line(preset, method):
+                continue
             lines.append(
                 f"<p class='memnoise-preset-hint memnoise-part memnoise-{method} memnoise-preset-{preset}'>"
                 f"{preset_line(preset, method)}</p>"
@@ -121,12 +147,14 @@ def hints() -> str:
 
 def preset_line(preset: str, method: str) -> str:
     if preset == "auto":
-        return "; ".join(
+        lines = [
             f"{label}: {preset_line(key, method)}"
             for key, label in (("sd1", "SD 1.x"), ("sd2_v", "SD 2.x v"), ("relative", "others"))
-        )
+            if preset_line(key, method)
+        ]
+        return "; ".join(lines)
     values = PRESET_VALUES[preset]
-    names = [name for name in SPECS if SPECS[name].preset and method in SPECS[name].methods]
+    names = [name for name in SPECS if SPECS[name].preset and is_used(name, {"method": method})]
     return ", ".join(f"{name} {values[name]}" for name in names if name != "target_kind") + (
         " of the first magnitude" if method == "per_sample" and values["target_kind"] == "fraction" else ""
     )

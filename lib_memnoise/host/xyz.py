@@ -9,7 +9,7 @@ from typing import Any
 from modules import scripts
 
 from lib_memnoise.host.arguments import PLOT, SLOTS, Refusal, from_arguments
-from lib_memnoise.settings import DEFAULTS, SPECS, SettingError, from_text, is_used, type_of
+from lib_memnoise.settings import DECIDING, SPECS, SettingError, from_text, is_used, misplaced, type_of
 
 PREFIX = "[Memnoise] "
 TITLE = "Memnoise"
@@ -88,13 +88,10 @@ def confirm(name: str) -> Callable[[Any, Any], None]:
     def check(p: Any, values: Any) -> None:
         for value in values:
             refuse_bad_value(name, value)
-        if SPECS[name].methods and not plots_over(p, "method"):
-            method = page_method(p)
-            if not is_used(name, method):
-                owners = " and ".join(SPECS[name].methods)
-                raise Refusal(
-                    f"memnoise: the axis {label(name)} belongs to the method {owners}, but the method is {method}."
-                )
+        values_of = page_arguments(p)
+        plotted = any(plots_over(p, other) for other in DECIDING)
+        if not plotted and not is_used(name, values_of):
+            raise Refusal(f"memnoise: the axis {label(name)} {misplaced(name, values_of)}")
         if name != "enabled" and not plots_over(p, "enabled") and not page_enabled(p):
             raise Refusal(f"memnoise: the axis {label(name)} needs memnoise enabled.")
 
@@ -106,10 +103,6 @@ def page_arguments(p: Any) -> dict[str, Any]:
         if script.title() == TITLE:
             return from_arguments(p.script_args[script.args_from : script.args_from + len(SLOTS)])
     return {}
-
-
-def page_method(p: Any) -> str:
-    return page_arguments(p).get("method", DEFAULTS.method)
 
 
 def page_enabled(p: Any) -> bool:

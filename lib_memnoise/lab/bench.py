@@ -11,14 +11,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lib_memnoise.guidance import guidance_off
+from lib_memnoise.guidance import Start, make_start
 from lib_memnoise.lab.samplers import SAMPLERS
-from lib_memnoise.lab.sampling import TRAINING_STEPS
 from lib_memnoise.miniature.model import SHAPE, Miniature
-from lib_memnoise.mitigations import METHODS
-from lib_memnoise.mitigations.outcome import Outcome, run
+from lib_memnoise.mitigations.outcome import Outcome, Scored, run, run_some, score
 from lib_memnoise.prediction import Delta, magnitude
-from lib_memnoise.settings import Settings
+from lib_memnoise.settings import Settings, size_factor
 
 CFG = 7.0
 STEPS = 50
@@ -119,29 +117,44 @@ class FirstDelta:
 
 @dataclass
 class Guided:
-    """Classifier-free guidance held back until τ (Algorithm 1, second loop): the prediction a sampler follows.
+    """Classifier-free guidance held back image by image (Algorithm 1, second loop): the prediction a sampler follows.
 
     With `looking`, ‖Δ‖ is read at every step; rows evaluated for that alone are not counted.
     """
 
     network: Network
-    tau: float
+    starts: list[Start]
+    """When guidance starts, for every image."""
     cfg: float = CFG
     looking: bool = False
     trace: list[tuple[float, Tensor]] = field(default_factory=list)
     """Timestep and ‖Δ‖ `(B,)` of every step looked at."""
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        if guidance_off(t, self.tau):
-            unconditional = self.network(x, t, False)
+        images = range(len(self.starts))
+        off = [i for i in images if self.starts[i].is_off(t)]
+        unheard = [i for i in off if not self.starts[i].at_transition]
+        heard = [i for i in images if i not in unheard]
+        prediction, size = torch.empty_like(x), x.new_zeros(len(x))
+        if heard:
+            delta, unconditional = self._of(heard).delta(x[heard], t)
+            size[heard] = magnitude(delta)
+            guided = unconditional + self.cfg * delta
+            for k, i in enumerate(heard):
+                if i in off:
+                    self.starts[i].observe(t, float(size[i]))
+                prediction[i] = (unconditional if self.starts[i].is_off(t) else guided)[k]
+        if unheard:
+            prediction[unheard] = self._of(unheard)(x[unheard], t, False)
             if self.looking:
-                conditional = self.network(x, t, True, counted=False)
-                self.trace.append((t, magnitude(conditional - unconditional)))
-            return unconditional
-        delta, unconditional = self.network.delta(x, t)
+                conditional = self._of(unheard)(x[unheard], t, True, counted=False)
+                size[unheard] = magnitude(conditional - prediction[unheard])
         if self.looking:
-            self.trace.append((t, magnitude(delta)))
-        return unconditional + self.cfg * delta
+            self.trace.append((t, size))
+        return prediction
+
+    def _of(self, images: list[int]) -> Network:
+        return self.network if len(images) == len(self.starts) else self.network.of(images)
 
 
 @dataclass(frozen=True)
@@ -159,6 +172,9 @@ class Generated:
     backward: Tensor
     trace: list[tuple[float, Tensor]]
     outcome: Outcome | None
+    flagged: list[int]
+    """The images that were mitigated."""
+    starts: list[Start]
 
 
 def noises(seeds: Sequence[int]) -> Tensor:
@@ -181,17 +197,29 @@ def generate(
     look = FirstDelta(network, sampler, steps, counted=False)
     with torch.no_grad():
         before = magnitude(look(x))
-    tau, outcome, adjusted = float(TRAINING_STEPS), None, x
+    outcome, adjusted, flagged = None, x, []
+    starts = [Start() for _ in captions]
     if settings.enabled:
         settings = settings.resolved(PRESETS[model.parameterization])
         delta = FirstDelta(network, sampler, steps)
-        outcome = run(x, delta, settings, parameterization=model.parameterization)
+        flagged = list(range(len(x)))
+
+        def way(x: Tensor, delta: Delta) -> Outcome:
+            return run(x, delta, settings, parameterization=model.parameterization)
+
+        if settings.when == "flagged":
+            assert settings.threshold is not None
+            measured = score(x, delta)
+            flagged = measured.flagged(settings.threshold * size_factor(x[0].numel(), model.parameterization))
+            outcome = run_some(flagged, x, Scored(delta, measured), way)
+        else:
+            outcome = way(x, delta)
         adjusted = outcome.x
-        if METHODS[settings.method].holds_guidance:
-            assert settings.tau is not None
-            tau = settings.tau
-    guided = Guided(network, tau, looking=looking)
+        starts = [make_start(settings) if i in flagged else Start() for i in range(len(x))]
+    guided = Guided(network, starts, looking=looking)
     latents = SAMPLERS[sampler].sample(guided, adjusted, steps, model.parameterization)
     with torch.no_grad():
         after = magnitude(look(adjusted))
-    return Generated(adjusted, latents, before, after, network.forward, network.backward, guided.trace, outcome)
+    return Generated(
+        adjusted, latents, before, after, network.forward, network.backward, guided.trace, outcome, flagged, starts
+    )

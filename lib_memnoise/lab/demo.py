@@ -17,7 +17,6 @@ from torch import Tensor
 from lib_memnoise.lab.records import aligned
 from lib_memnoise.lab.sampling import TRAINING_STEPS, ddim, ddim_timesteps
 from lib_memnoise.lab.toy import Toy, correlation, make_toy
-from lib_memnoise.mitigations import METHODS
 from lib_memnoise.mitigations.outcome import run
 from lib_memnoise.prediction import Delta, magnitude
 from lib_memnoise.settings import Settings
@@ -109,7 +108,7 @@ def generate(network: Network, x: Tensor, settings: Settings, steps: int) -> tup
     if settings.enabled:
         settings = settings.resolved(PRESET)
         x = run(x, FirstDelta(network, timesteps[0]), settings, parameterization="eps").x
-        if METHODS[settings.method].holds_guidance:
+        if settings.start == "tau":
             assert settings.tau is not None
             tau = settings.tau
     return x, ddim(network.eps, x, timesteps, tau, CFG)

@@ -15,8 +15,8 @@ class Method:
 
     label: str
     help: str
-    holds_guidance: bool
-    """Guidance is off until τ."""
+    guidance: str
+    """When guidance starts unless the settings say otherwise: at the "first" step, or at "tau"."""
     needs_gradient: bool
     """Back-propagates through the network."""
 
@@ -26,14 +26,21 @@ METHODS: dict[str, Method] = {
         label="Batch-wise",
         help="A few forward evaluations move the noise, then guidance stays off until τ. "
         "About 3 % more network evaluations, no extra memory.",
-        holds_guidance=True,
+        guidance="tau",
         needs_gradient=False,
     ),
     "per_sample": Method(
         label="Per-sample",
         help="Gradient descent on the conditional prediction of each image until it is below a target; guidance "
         "on from the start. Stronger; needs memory for a backward pass.",
-        holds_guidance=False,
+        guidance="first",
         needs_gradient=True,
+    ),
+    "none": Method(
+        label="None",
+        help="The noise stays as it is: measures the score; with guidance that starts later, a static or dynamic "
+        "transition point.",
+        guidance="first",
+        needs_gradient=False,
     ),
 }

@@ -46,5 +46,5 @@ def mitigate(x: Tensor, delta: Delta, settings: Settings, factor: float) -> Outc
     assert settings.gamma is not None and settings.rho is not None and settings.steps is not None
     return Outcome(
         adjust(x, delta, gamma=settings.gamma, rho=settings.rho * factor, steps=settings.steps),
-        used={"gamma": settings.gamma, "rho": settings.rho * factor, "steps": settings.steps, "tau": settings.tau},
+        used={"gamma": settings.gamma, "rho": settings.rho * factor, "steps": settings.steps},
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from lib_memnoise.prediction import NORM_BOUND, Delta, norm_ratio, select
+from lib_memnoise.prediction import NORM_BOUND, Delta, magnitude, norm_ratio, select, working_precision
 from lib_memnoise.settings import Settings, size_factor
 
 
@@ -40,6 +41,9 @@ def run(x: Tensor, delta: Delta, settings: Settings, *, parameterization: str) -
     """
     module = importlib.import_module(f"lib_memnoise.mitigations.{settings.method}")
     outcome: Outcome = module.mitigate(x, delta, settings, size_factor(x[0].numel(), parameterization))
+    if settings.start != "first":
+        name = "tau" if settings.start == "tau" else "latest"
+        outcome.used[name] = getattr(settings, name)
 
     finite = torch.isfinite(outcome.x).flatten(1).all(1)
     if outcome.before is not None:
@@ -54,6 +58,72 @@ def run(x: Tensor, delta: Delta, settings: Settings, *, parameterization: str) -
             outcome.notes.setdefault(image, []).append(
                 f"the adjusted noise has {norm:.3f} times its usual length and may look wrong"
             )
+    return outcome
+
+
+@dataclass(frozen=True)
+class Score:
+    """Δ(x_T, T) of a batch, evaluated once: ‖Δ‖ is the score by which an image counts as memorised."""
+
+    x: Tensor
+    delta: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """`(B,)`."""
+        return magnitude(self.delta)
+
+    def flagged(self, threshold: float) -> list[int]:
+        """The images above the threshold, and those whose score is not finite."""
+        return [image for image, value in enumerate(self.values.tolist()) if not value <= threshold]
+
+
+@torch.no_grad()
+def score(x: Tensor, delta: Delta) -> Score:
+    """Evaluate Δ(x_T, T) once, by two network rows an image."""
+    x = working_precision(x)
+    return Score(x, delta(x).to(x.dtype))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A Δ whose answer at x_T is known and need not be evaluated again, unless a gradient is wanted of it."""
+
+    inner: Delta
+    known: Score
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not x.requires_grad and torch.equal(x, self.known.x):
+            return self.known.delta
+        return self.inner(x)
+
+    def select(self, images: list[int]) -> Delta:
+        return replace(
+            self, inner=select(self.inner, images), known=Score(self.known.x[images], self.known.delta[images])
+        )
+
+
+def run_some(images: Sequence[int], x: Tensor, delta: Delta, way: Callable[[Tensor, Delta], Outcome]) -> Outcome:
+    """Adjust these images of a batch and leave the others as they are.
+
+    Args:
+        way: `run` or another that adjusts all of what it is given.
+    """
+    images = list(images)
+    outcome = Outcome(working_precision(x))
+    if not images:
+        return outcome
+    part = way(x[images], select(delta, images))
+    outcome.x[images] = part.x
+    for name in ("before", "after", "steps", "norm"):
+        values = getattr(part, name)
+        if values is not None:
+            whole = values.new_full((len(x),), float("nan") if values.is_floating_point() else 0)
+            whole[images] = values
+            setattr(outcome, name, whole)
+    outcome.used = part.used
+    outcome.notes = {images[i]: notes for i, notes in part.notes.items()}
+    outcome.failed = {images[i]: reason for i, reason in part.failed.items()}
     return outcome
 
 

@@ -1,0 +1,13 @@
+"""No adjustment: the noise as it was drawn, for measuring, or for a transition point alone."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lib_memnoise.mitigations.outcome import Outcome
+from lib_memnoise.prediction import Delta, working_precision
+from lib_memnoise.settings import Settings
+
+
+def mitigate(x: Tensor, delta: Delta, settings: Settings, factor: float) -> Outcome:
+    return Outcome(working_precision(x))
