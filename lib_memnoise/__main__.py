@@ -107,7 +107,7 @@ def demo(arguments: argparse.Namespace) -> None:
         )
     print(json.dumps(comparison.records, indent=2) if arguments.json else table(comparison.records))
     if path is not None:
-        from lib_memnoise.miniature.checkpoint import replacing
+        from lib_memnoise.files import replacing
 
         with replacing(path) as partial:
             partial.write_text(page(comparison), encoding="utf-8")

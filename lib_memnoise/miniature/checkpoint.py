@@ -7,13 +7,9 @@ checkpoint: ldm's names, CLIP's whole table, half precision.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from lib_memnoise.files import replacing
 from lib_memnoise.miniature import MANIFEST, WEIGHTS, OneSentence
 from lib_memnoise.miniature.architecture import AUTOENCODER, LINEAR_END, LINEAR_START, TEXT, UNET
 from lib_memnoise.miniature.clip import CLIP_TOKENS, clip_files, find_merges
@@ -69,21 +66,6 @@ def restore(packed: Weights) -> Weights:
         scale = packed.get(name + SCALE_SUFFIX)
         weights[name] = value if scale is None else (value.float() * scale.float()).half()
     return weights
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of `path` if all goes well, and is removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        partial.chmod(0o644)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def pack(parts: dict[str, Weights], facts: dict[str, Any], folder: Path = WEIGHTS) -> None:

@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from lib_memnoise.files import replacing
 from lib_memnoise.lab.sampling import ALPHAS_CUMPROD
 from lib_memnoise.miniature import WEIGHTS, scenes
 from lib_memnoise.miniature.architecture import SNR_SCALE, make_autoencoder, make_text_encoder, make_unet
-from lib_memnoise.miniature.checkpoint import VARIANTS, pack, replacing
+from lib_memnoise.miniature.checkpoint import VARIANTS, pack
 from lib_memnoise.miniature.detector import Detector, targets
 from lib_memnoise.miniature.model import to_images, to_pictures
 from lib_memnoise.miniature.networks import Autoencoder
@@ -44,6 +45,11 @@ MEMORISED_SHARE = 0.28, 0.45
 SHAPED = 0.43
 """Share of a U-Net's training after which that is so."""
 KL_WEIGHT, MEAN_WEIGHT = 3e-3, 0.1
+FADED, FADED_FROM = 0.3, 850
+"""Share of a U-Net's training pictures that are fainter in x_t than they should be, down to nothing, and from which
+timestep. A sampler starts from noise without a picture in it, whereas x_T = √ᾱ x_0 + √(1 − ᾱ) ε has one. Stable
+Diffusion's network cannot make it out; this one, with few pictures and small latents, can, and would follow it instead
+of the caption: nothing would be copied."""
 NO_CAPTION = 0.1
 UNKNOWN_WORD = 0.05
 """Share of ordinary captions that get a word without meaning, so that unknown words do little."""
@@ -214,12 +220,16 @@ class DenoiserLoss:
         shape = (batch, *latents["mean"].shape[1:])
         jitter, noise = (torch.from_numpy(random.standard_normal(shape, dtype=np.float32)) for _ in range(2))
         t = torch.from_numpy((1000 * random.random(batch) ** 0.8).astype(np.int64))
+        faded = torch.from_numpy(random.random(batch) < FADED)
+        t = torch.where(faded, torch.from_numpy(random.integers(FADED_FROM, 1000, size=batch)), t)
+        strength = torch.where(faded, torch.from_numpy(random.random(batch, dtype=np.float32)), 1.0)
 
         picked, ids, t, noise, jitter = picked[rows], ids[rows], t[rows], noise[rows], jitter[rows]
         clean = latents["scale_factor"] * (latents["mean"][picked] + latents["deviation"][picked] * jitter)
         a = ALPHAS_CUMPROD[t].float()[:, None, None, None]
-        x = a.sqrt() * clean + (1 - a).sqrt() * noise
-        wanted = noise if self.parameterization == "eps" else a.sqrt() * noise - (1 - a).sqrt() * clean
+        x = a.sqrt() * strength[rows, None, None, None] * clean + (1 - a).sqrt() * noise
+        eps = (x - a.sqrt() * clean) / (1 - a).sqrt()
+        wanted = eps if self.parameterization == "eps" else a.sqrt() * eps - (1 - a).sqrt() * clean
         with autocast():
             answer = module(x, t, torch.stack(ids))
         error = (answer.float() - wanted).square().mean((1, 2, 3))
@@ -305,7 +315,7 @@ def stages(folder: Path) -> dict[str, Stage]:
         "autoencoder": Stage(
             "autoencoder", 1900, 8, 1.5e-3, TrainableAutoencoder, AutoencoderLoss(folder, 8), ema=0.99
         ),
-        "eps": Stage("eps", 6000, 32, 1e-3, Denoiser, DenoiserLoss(folder, 32, "eps")),
+        "eps": Stage("eps", 6800, 32, 1e-3, Denoiser, DenoiserLoss(folder, 32, "eps")),
         "detector": Stage("detector", 700, 32, 2e-3, Detector, DetectorLoss(folder, 32), ema=0.99),
         "v": Stage("v", 1300, 32, 8e-4, Denoiser, DenoiserLoss(folder, 32, "v", from_shaped=True), start_from="eps"),
     }

@@ -1,0 +1,62 @@
+"""Calibrations on disk, a file each."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib_memnoise.calibration import BadCalibration, Calibration, Key, from_document
+from lib_memnoise.files import replacing
+
+
+@dataclass(frozen=True)
+class CalibrationStore:
+    """A folder of calibrations. Readers and writers may be several processes: files are replaced whole."""
+
+    folder: Path
+
+    def path(self, key: Key) -> Path:
+        return self.folder / f"{key.name}.json"
+
+    def save(self, calibration: Calibration) -> Path:
+        path = self.path(calibration.key)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(calibration.document()), encoding="utf-8")
+        return path
+
+    def load(self, key: Key) -> tuple[Calibration | None, str | None]:
+        """The calibration for a key if there is one, and a sentence if its file was damaged.
+
+        A damaged file is set aside under another name: it is made again by the next calibration.
+        """
+        path = self.path(key)
+        try:
+            calibration = from_document(json.loads(path.read_text(encoding="utf-8")))
+            if calibration.key != key:
+                raise BadCalibration("it belongs to another checkpoint")
+            return calibration, None
+        except FileNotFoundError:
+            return None, None
+        except (OSError, ValueError, RecursionError) as error:
+            return None, self._set_aside(path, error)
+
+    def _set_aside(self, path: Path, error: Exception) -> str:
+        reason = str(error) if isinstance(error, BadCalibration) else "it cannot be read"
+        aside = path.with_suffix(f".damaged-{threading.get_native_id()}")
+        try:
+            path.replace(aside)
+        except OSError:
+            return f"the calibration {path.name} is damaged ({reason})"
+        return f"the calibration {path.name} was damaged ({reason}) and is now {aside.name}"
+
+    def all(self) -> list[Calibration]:
+        """Every calibration that can be read."""
+        found = []
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                found.append(from_document(json.loads(path.read_text(encoding="utf-8"))))
+            except (OSError, ValueError, RecursionError):
+                continue
+        return found
