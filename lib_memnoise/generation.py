@@ -66,6 +66,8 @@ class Generation:
     preset: str = "sd1"
     """What "auto" stands for on the loaded checkpoint."""
     fail_instead: bool = False
+    trace_id: str | None = None
+    """By which the traces of its images are found."""
     images: dict[tuple[int, int], ImageReport] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

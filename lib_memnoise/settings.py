@@ -48,6 +48,7 @@ PRESETS = {
     "auto": "Automatic (by checkpoint)",
     "sd1": "SD 1.x",
     "sd2_v": "SD 2.x v",
+    "calibrated": "Calibrated (this checkpoint's own scores)",
     "custom": "Custom",
 }
 STARTS = {
@@ -92,6 +93,16 @@ class Settings:
         only=("when", "flagged"),
         preset=True,
         help="An image whose score is above it counts as memorised. At the checkpoint's own image size; scaled.",
+    )
+    false_positives: float = _setting(
+        0.01,
+        label="False positives",
+        low=0.001,
+        high=0.5,
+        step=0.001,
+        advanced=True,
+        only=("when", "flagged"),
+        help="Where the checkpoint is calibrated and no threshold is given: the share of ordinary prompts above it.",
     )
     exact_batches: bool = _setting(
         False,
@@ -241,15 +252,21 @@ class Settings:
         """When guidance starts: "first", "tau" or "transition"."""
         return METHODS[self.method].guidance if self.guidance == "method" else self.guidance
 
-    def resolved(self, preset: str) -> Settings:
+    def resolved(self, preset: str, calibrated: Mapping[str, Any] | None = None) -> Settings:
         """These settings with nothing left to a preset.
 
-        `preset` names the numbers for what is not given (a key of `PRESET_VALUES`); ignored where the
-        settings name one themselves.
+        Args:
+            preset: names the numbers for what is not given (a key of `PRESET_VALUES`); ignored where the settings
+                name one themselves.
+            calibrated: what the checkpoint's calibration says (`Calibration.settings`). Its threshold is always
+                taken, its other numbers where the preset is "calibrated", or nothing is published.
         """
         if self.preset != "auto":
             preset = self.preset
-        values = dict(PRESET_VALUES["sd1" if preset == "custom" else preset])
+        values = dict(PRESET_VALUES[{"custom": "sd1", "calibrated": "relative"}.get(preset, preset)])
+        if calibrated is not None:
+            own = preset == "calibrated" or (preset == "relative" and self.preset == "auto")
+            values.update(calibrated if own else {"threshold": calibrated["threshold"]})
         # A target means something only together with its kind: a preset never completes half of the pair.
         if self.target is not None:
             values["target_kind"] = "absolute"
@@ -264,6 +281,8 @@ class Settings:
         Settings that follow a preset throughout stay as they are. Where a value differs from the preset's, all
         of the method's values are spelled out under "custom".
         """
+        if self.preset == "calibrated":
+            return self  # its numbers are this machine's; what took effect is told apart
         resolved = self.resolved(preset)
         if self.preset != "custom":
             nothing: dict[str, Any] = {name: None for name in SPECS if SPECS[name].preset}

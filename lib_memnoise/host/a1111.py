@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import uuid
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +19,10 @@ import torch
 from modules import devices, errors, processing, shared
 from torch import Tensor
 
+from lib_memnoise.calibration import Key
 from lib_memnoise.generation import REPORT_KEYS, Generation, ImageReport, report_infotext
 from lib_memnoise.guidance import ALWAYS, Start, make_start
+from lib_memnoise.host import calibrations, traces
 from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.gate import Gate
 from lib_memnoise.host.gradients import frozen_network, run_leanly
@@ -79,6 +82,9 @@ def describe(p: Any) -> None:
         generation.fail_instead = True
     generation.preset = checkpoint_preset()
     p.extra_generation_params.update(to_infotext(generation.settings.pinned(generation.preset)))
+    if generation.settings.trace:
+        generation.trace_id = uuid.uuid4().hex
+        p.extra_generation_params[f"{INFOTEXT} trace id"] = generation.trace_id
     for key in REPORT_KEYS:
         key = f"{INFOTEXT} {key}"
         p.extra_generation_params[key] = _infotext_value(generation, key)
@@ -113,7 +119,7 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
     empty = EmptyPrompt(p)
     try:
         raise_if_unsupported(generation.settings)
-        settings = generation.settings.resolved(generation.preset)
+        settings = generation.settings
         with left_as_it_was(p):
             shared.state.textinfo = "Memnoise: adjusting the noise"
             predictor = make_predictor(
@@ -126,6 +132,7 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
                 empty=empty,
                 as_host=is_measured_first(settings),
             )
+            settings = resolved(generation, noise, predictor.step.t, reports)
             outcome = adjusted(noise, predictor, settings, reports)
     except Interrupted:
         for report in reports:
@@ -158,6 +165,28 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
         setattr(p.sampler.model_wrap_cfg, GATE, gate)
         if generation.fail_instead and outcome.failed:
             fail_sampling(p, RuntimeError(next(iter(outcome.failed.values()))))
+
+
+def resolved(generation: Generation, noise: Tensor, t: float, reports: list[ImageReport]) -> Settings:
+    """The settings with their preset's numbers, and those of the checkpoint's calibration."""
+    settings, kind = generation.settings, parameterization()
+    height, width = (8 * side for side in noise.shape[-2:])
+    key = Key(calibrations.checkpoint_id(), width, height, kind, round(t))
+    known, problem = calibrations.store().load(key)
+    wanted = settings.preset == "calibrated"
+    if known is None and wanted:
+        raise Unsupported(
+            f"the preset calibrated needs a calibration of this checkpoint at {width}x{height} and timestep {t:g}"
+        )
+    if settings.when == "flagged" and settings.threshold is None:
+        for report in reports:
+            if problem:
+                report.note(problem)
+            if known is None:
+                report.note("the threshold is the preset's: the checkpoint is not calibrated at this size and timestep")
+    factor = size_factor(noise[0].numel(), kind)
+    numbers = None if known is None else known.settings(factor, settings.false_positives)
+    return settings.resolved(generation.preset, numbers)
 
 
 def is_measured_first(settings: Settings) -> bool:
@@ -286,6 +315,8 @@ def comment(p: Any, batch_number: int) -> None:
     generation = generation_of(p)
     if generation is None:
         return
+    if generation.trace_id is not None:
+        traces.STORE.put(generation.trace_id, traces.document(generation))
     for place, report in enumerate(generation.batch(batch_number)):
         image = batch_number * p.batch_size + place + 1
         for text in ([f"not mitigated: {report.failed}"] if report.failed else []) + report.notes:

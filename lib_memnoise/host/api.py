@@ -2,11 +2,86 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from fastapi import Body, HTTPException
 from modules import shared
 
+from lib_memnoise.calibration import BadCalibration, Calibration, ordinary_prompts
+from lib_memnoise.host import calibrations, scoring
+from lib_memnoise.host.predictor import Unsupported
+from lib_memnoise.host.traces import STORE
 from lib_memnoise.settings import json_schema
+
+
+def answered(what: Callable[[], Any]) -> Any:
+    """The answer, or an HTTP error with one sentence."""
+    try:
+        return what()
+    except scoring.Stopped as error:
+        raise HTTPException(status_code=409, detail=str(error)) from None
+    except scoring.BadRequest as error:
+        raise HTTPException(status_code=422, detail=str(error)) from None
+    except (Unsupported, BadCalibration) as error:
+        raise HTTPException(status_code=422, detail=f"memnoise: {error}.") from None
+
+
+def score(body: Any = Body(...)) -> Any:  # noqa: B008
+    """`POST /memnoise/v1/score`: scores of images that are not generated."""
+
+    def run() -> Any:
+        request = scoring.parse(body)
+        with scoring.queued("memnoise-score"):
+            return scoring.answer(request)
+
+    return answered(run)
+
+
+def calibrate(body: Any = Body(default={})) -> Any:  # noqa: B008
+    """`POST /memnoise/v1/calibrate`: score ordinary prompts on the loaded checkpoint, and keep that."""
+
+    def run() -> Any:
+        request = scoring.parse({"prompts": ordinary_prompts(), **body} if isinstance(body, dict) else body)
+        with scoring.queued("memnoise-calibration"):
+            return summary(scoring.calibrate(request))
+
+    return answered(run)
+
+
+def listed() -> Any:
+    """`GET /memnoise/v1/calibrations`."""
+    return [summary(calibration) for calibration in calibrations.store().all()]
+
+
+def summary(calibration: Calibration) -> dict[str, Any]:
+    document = calibration.document()
+    scores = document.pop("scores")
+    return {
+        **document,
+        "count": len(scores),
+        "lowest": scores[0],
+        "median": calibration.median,
+        "highest": scores[-1],
+        "threshold": calibration.threshold(0.01),
+    }
+
+
+def trace(name: str) -> Any:
+    """`GET /memnoise/v1/trace/{name}`."""
+    found = STORE.get(name)
+    if found is None:
+        raise HTTPException(status_code=404, detail=f"memnoise: there is no trace {name[:40]!r} (any more).")
+    return found
+
+
+ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("GET", "schema", json_schema),
+    ("POST", "score", score),
+    ("POST", "calibrate", calibrate),
+    ("GET", "calibrations", listed),
+    ("GET", "trace/{name}", trace),
+)
 
 
 def register(_: Any, app: Any) -> None:
@@ -15,4 +90,5 @@ def register(_: Any, app: Any) -> None:
     if guarded is None and getattr(shared.cmd_opts, "api_auth", None):
         return  # a password was asked for, but the host's API that checks it is not there
     dependencies = list(guarded.dependencies) if guarded is not None else []
-    app.add_api_route("/memnoise/v1/schema", json_schema, methods=["GET"], dependencies=dependencies)
+    for method, path, endpoint in ROUTES:
+        app.add_api_route(f"/memnoise/v1/{path}", endpoint, methods=[method], dependencies=dependencies)

@@ -1,0 +1,339 @@
+"""Scores without a picture: the host's own way up to the sampler, and no further.
+
+The processing object is the host's, so styles, LoRA, prompt editing, schedule and seeds are what they are in a
+generation, and the score is the generation's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from modules import call_queue, processing, sd_samplers, shared
+from torch import Tensor
+
+from lib_memnoise import calibration
+from lib_memnoise.calibration import Calibration, Key
+from lib_memnoise.checkpointing import checkpointed
+from lib_memnoise.generation import ImageReport
+from lib_memnoise.host import calibrations, words
+from lib_memnoise.host.a1111 import (
+    EmptyPrompt,
+    checkpoint_preset,
+    left_as_it_was,
+    parameterization,
+    raise_if_unsupported,
+)
+from lib_memnoise.host.gradients import Lean, first_attempt, free_memory, frozen_network
+from lib_memnoise.host.predictor import Interrupted, Predictor, make_predictor
+from lib_memnoise.prediction import magnitude
+from lib_memnoise.settings import PRESET_VALUES, Settings, size_factor
+
+MOST_PROMPTS = 256
+BATCH = 4
+
+
+class BadRequest(ValueError):
+    """A request that cannot be answered, in one sentence."""
+
+
+class Stopped(RuntimeError):
+    """The user interrupted."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be scored: every prompt with every seed."""
+
+    prompts: tuple[str, ...]
+    negative_prompt: str = ""
+    seeds: tuple[int, ...] = (-1,)
+    width: int = 512
+    height: int = 512
+    sampler_name: str = "DDIM"
+    scheduler: str = "Automatic"
+    steps: int = 50
+    cfg_scale: float = 7.0
+    styles: tuple[str, ...] = ()
+    words: bool = False
+
+
+def parse(body: Any) -> Request:
+    """A validated request from JSON.
+
+    `prompt` (or `prompts`) is a string or a list of them; `seed` (or `seeds`) a number or a list; other names are
+    those of `Request`.
+
+    Raises:
+        BadRequest: something is missing, unknown or out of bounds.
+    """
+    if not isinstance(body, Mapping):
+        raise BadRequest("memnoise: the request must be a JSON object.")
+    names = {"prompt": "prompts", "seed": "seeds"}
+    given: dict[str, Any] = {names.get(str(name), str(name)): value for name, value in body.items()}
+    known = set(Request.__dataclass_fields__)
+    for name in given:
+        if name not in known:
+            raise BadRequest(f"memnoise: a request has no {name!r}; it has {', '.join(Request.__dataclass_fields__)}.")
+    for name in ("prompts", "seeds", "styles"):
+        if name in given:
+            value = given[name]
+            given[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    request = Request(**{"prompts": (), **given})
+
+    def need(ok: bool, name: str, rule: str) -> None:
+        if not ok:
+            shown = repr(given.get(name, getattr(request, name)))
+            shown = shown if len(shown) <= 80 else shown[:77] + "..."
+            raise BadRequest(f"memnoise: {name} = {shown} is not valid; it must be {rule}.")
+
+    def whole(value: Any, low: int, high: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+    need(
+        len(request.prompts) > 0 and all(isinstance(prompt, str) for prompt in request.prompts),
+        "prompts",
+        "a text or a list of texts",
+    )
+    need(all(prompt.strip() for prompt in request.prompts), "prompts", "not empty: an empty prompt has no score")
+    need(isinstance(request.negative_prompt, str), "negative_prompt", "a text")
+    need(
+        len(request.seeds) > 0 and all(whole(seed, -1, 2**32 - 1) for seed in request.seeds),
+        "seeds",
+        "a whole number from -1 to 4294967295, or a list of them",
+    )
+    count = len(request.prompts) * len(request.seeds)
+    if count > MOST_PROMPTS:
+        raise BadRequest(f"memnoise: {count} images are too many for one request; it may ask for {MOST_PROMPTS}.")
+    for name in ("width", "height"):
+        value = getattr(request, name)
+        need(whole(value, 64, 2048) and value % 8 == 0, name, "a whole number from 64 to 2048 that 8 divides")
+    need(whole(request.steps, 1, 150), "steps", "a whole number from 1 to 150")
+    cfg = request.cfg_scale
+    need(
+        isinstance(cfg, (int, float)) and not isinstance(cfg, bool) and math.isfinite(cfg) and 1 < cfg <= 100,
+        "cfg_scale",
+        "above 1, for there is no guidance otherwise, and at most 100",
+    )
+    samplers = [sampler.name for sampler in sd_samplers.visible_samplers()]
+    need(request.sampler_name in samplers, "sampler_name", "one of " + ", ".join(samplers))
+    need(isinstance(request.scheduler, str), "scheduler", "a text")
+    need(all(isinstance(style, str) for style in request.styles), "styles", "a list of texts")
+    need(isinstance(request.words, bool), "words", "true or false")
+    return request
+
+
+@dataclass
+class Scored:
+    """One image that would be generated."""
+
+    prompt: str
+    seed: int
+    score: float
+    rows: int
+    timestep: float
+    words: list[tuple[str, float]] = field(default_factory=list)
+    """Of the prompt, each with its part in the score, the largest of which is 1."""
+
+
+class Probe(processing.StableDiffusionProcessingTxt2Img):
+    """A generation that ends where sampling would begin. Its pictures are empty ones."""
+
+    reference = "empty"
+    wants_words = False
+
+    def sample(self, conditioning: Any, unconditional_conditioning: Any, *args: Any, **kwargs: Any) -> Any:
+        self.sampler = sd_samplers.create_sampler(self.sampler_name, self.sd_model)
+        x = self.rng.next()
+        reports = [ImageReport() for _ in x]
+        with left_as_it_was(self):
+            predictor = make_predictor(
+                self,
+                x,
+                conditioning,
+                unconditional_conditioning,
+                reference=self.reference,
+                reports=reports,
+                empty=EmptyPrompt(self),
+            )
+            found = self.heard(x, predictor) if self.wants_words else [[] for _ in x]
+            if not self.wants_words:
+                predictor(x)
+        for k, report in enumerate(reports):
+            assert report.before is not None
+            rows = report.forward_rows + report.backward_rows
+            self.scored.append(Scored(self.prompts[k], self.seeds[k], report.before, rows, predictor.step.t, found[k]))
+        empty = torch.zeros(3, 8, 8)
+        return processing.DecodedSamples([empty for _ in x])
+
+    @property
+    def scored(self) -> list[Scored]:
+        return self.__dict__.setdefault("memnoise_scored", [])
+
+    def heard(self, x: Tensor, predictor: Predictor) -> list[list[tuple[str, float]]]:
+        """‖∂‖Δ‖/∂e_i‖ of every token i, merged to words (Wen et al. 2024)."""
+        cond, owners = predictor.cond, [i for i, part in enumerate(predictor.parts) for _ in part]
+        vectors = words.vectors(cond).detach().clone().requires_grad_()
+        with frozen_network(), torch.enable_grad():
+            lean = first_attempt(x, predictor.rows, free_memory(x.device))
+            block = (
+                checkpointed(shared.sd_model.model.diffusion_model) if lean > Lean.PLAIN else contextlib.nullcontext()
+            )
+            with block:
+                delta = replace(predictor, cond=words.with_vectors(cond, vectors))(x)
+                (gradient,) = torch.autograd.grad(magnitude(delta).sum(), vectors)
+        size = torch.linalg.vector_norm(gradient.float(), dim=2)
+        texts = [text for i in range(len(x)) for text in words.step_texts(self.prompts[i], self.steps)]
+        return words.merged(texts, size, owners, len(x))
+
+
+def score(request: Request, progress: Callable[[int], None] = lambda done: None) -> list[Scored]:
+    """Score every prompt with every seed; the caller holds the host's queue.
+
+    Raises:
+        BadRequest: no checkpoint is loaded, or it is one that has no score. Stopped: the user interrupted.
+    """
+    if getattr(shared.sd_model, "sd_checkpoint_info", None) is None:
+        raise BadRequest("memnoise: no checkpoint is loaded.")
+    raise_if_unsupported(Settings())
+    found: list[Scored] = []
+    for prompt in request.prompts:
+        for start in range(0, len(request.seeds), BATCH):
+            found += run_probe(request, [prompt], list(request.seeds[start : start + BATCH]))
+            progress(len(found))
+    return found
+
+
+def run_probe(request: Request, prompts: Sequence[str], seeds: Sequence[int]) -> list[Scored]:
+    """One batch: a prompt with several seeds, or several prompts with one seed each."""
+    count = max(len(prompts), len(seeds))
+    seeds = [processing.get_fixed_seed(seed) for seed in seeds]
+    p = Probe(
+        sd_model=shared.sd_model,
+        prompt=list(prompts) * (count if len(prompts) == 1 else 1),
+        negative_prompt=request.negative_prompt,
+        styles=list(request.styles),
+        seed=list(seeds),
+        subseed=list(seeds),
+        sampler_name=request.sampler_name,
+        scheduler=request.scheduler,
+        batch_size=count,
+        n_iter=1,
+        steps=request.steps,
+        cfg_scale=request.cfg_scale,
+        width=request.width,
+        height=request.height,
+        do_not_save_samples=True,
+        do_not_save_grid=True,
+    )
+    p.scripts = None
+    p.wants_words = request.words
+    if shared.state.interrupted or shared.state.skipped:
+        raise Stopped("memnoise: interrupted.")
+    with no_prompt_history():
+        try:
+            processing.process_images(p)
+        except Interrupted:
+            raise Stopped("memnoise: interrupted.") from None
+        finally:
+            p.close()
+    if len(p.scored) < count:
+        raise Stopped("memnoise: interrupted.")
+    return p.scored
+
+
+@contextlib.contextmanager
+def no_prompt_history() -> Iterator[None]:
+    """The host notes the prompt of every generation for its paste button; this is none."""
+    before = getattr(shared.cmd_opts, "no_prompt_history", False)
+    shared.cmd_opts.no_prompt_history = True
+    try:
+        yield
+    finally:
+        shared.cmd_opts.no_prompt_history = before
+
+
+@contextlib.contextmanager
+def queued(job: str) -> Iterator[None]:
+    """In the host's queue (it is not reentrant), with its progress and interrupt."""
+    with call_queue.queue_lock:
+        shared.state.begin(job=job)
+        try:
+            yield
+        finally:
+            shared.state.end()
+
+
+def key_of(timestep: float, width: int, height: int) -> Key:
+    return Key(calibrations.checkpoint_id(), width, height, parameterization(), round(timestep))
+
+
+def calibrate(request: Request) -> Calibration:
+    """Score ordinary prompts and keep the result; nothing is kept if it is interrupted.
+
+    Raises:
+        BadRequest, Stopped: see `score`. calibration.BadCalibration: scores that are no numbers.
+    """
+    if getattr(shared.sd_model, "sd_checkpoint_info", None) is None:
+        raise BadRequest("memnoise: no checkpoint is loaded.")
+    raise_if_unsupported(Settings())
+    prompts = request.prompts
+    if len(prompts) < calibration.FEWEST:
+        raise BadRequest(
+            f"memnoise: {len(prompts)} prompts are too few to calibrate with; it takes {calibration.FEWEST}."
+        )
+    found: list[Scored] = []
+    shared.state.job_count = math.ceil(len(prompts) / BATCH)
+    for start in range(0, len(prompts), BATCH):
+        part = list(prompts[start : start + BATCH])
+        found += run_probe(request, part, list(range(start, start + len(part))))
+    made = calibration.make(
+        key_of(found[0].timestep, request.width, request.height), [scored.score for scored in found]
+    )
+    calibrations.store().save(made)
+    return made
+
+
+def verdict(score: float, threshold: float, known: Calibration | None) -> str:
+    """What a score says, in words."""
+    if score > threshold:
+        return "likely memorised: guidance pulls towards a training picture"
+    if known is None:
+        return "nothing conspicuous, by uncalibrated numbers"
+    return "ordinary" if known.percentile(score) <= 90 else "ordinary, among the higher scores"
+
+
+def answer(request: Request, rate: float = 0.01) -> dict[str, Any]:
+    """`score`, with what the calibration says of it, as JSON."""
+    found = score(request)
+    factor = size_factor(4 * (request.height // 8) * (request.width // 8), parameterization())
+    known, problem = calibrations.store().load(key_of(found[0].timestep, request.width, request.height))
+    preset = checkpoint_preset()
+    threshold = known.threshold(rate) if known else PRESET_VALUES[preset]["threshold"] * factor
+    images = [
+        {
+            "prompt": scored.prompt,
+            "seed": scored.seed,
+            "score": scored.score,
+            "percentile": known.percentile(scored.score) if known else None,
+            "flagged": not scored.score <= threshold,
+            "verdict": verdict(scored.score, threshold, known),
+            "rows": scored.rows,
+            **({"words": [list(pair) for pair in scored.words]} if request.words else {}),
+        }
+        for scored in found
+    ]
+    notes = [problem] if problem else []
+    if known is None:
+        notes.append("this checkpoint is not calibrated at this size and first timestep: the threshold is the preset's")
+    return {
+        "images": images,
+        "threshold": threshold,
+        "calibrated": known is not None,
+        "timestep": found[0].timestep,
+        "notes": notes,
+    }

@@ -1,0 +1,93 @@
+"""Tokens of a prompt and the vectors that the network hears of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from modules import prompt_parser, shared
+from torch import Tensor
+
+from lib_memnoise.host.rows import Cond
+
+
+def vectors(cond: Cond) -> Tensor:
+    """`(rows, tokens, width)` of a condition."""
+    return cond["crossattn"] if isinstance(cond, dict) else cond
+
+
+def with_vectors(cond: Cond, values: Tensor) -> Cond:
+    """The condition with other vectors in their place."""
+    if not isinstance(cond, dict):
+        return values
+    return prompt_parser.DictWithShape({**cond, "crossattn": values})
+
+
+def step_texts(prompt: str, steps: int) -> list[str]:
+    """The prompt's parts (AND) as they are at the first step, a text for each row of its condition."""
+    _, flat, _ = prompt_parser.get_multicond_prompt_list([prompt])
+    schedules = prompt_parser.get_learned_conditioning_prompt_schedules(list(flat), steps)
+    return [schedule[0][1] for schedule in schedules]
+
+
+def token_texts(text: str) -> list[str]:
+    """What each place of the condition stands for: "" for the start, the end and padding.
+
+    A word's last token ends in a blank.
+    """
+    model = shared.sd_model
+    embedder = model.cond_stage_model
+    if not hasattr(embedder, "tokenize_line"):
+        embedder = model.conditioner.embedders[0]
+    chunks, _ = embedder.tokenize_line(text)
+    found = []
+    for chunk in chunks:
+        fixes = {fix.offset: fix.embedding.name for fix in getattr(chunk, "fixes", [])}
+        for place, token in enumerate(chunk.tokens):
+            if place - 1 in fixes:
+                found.append(f"{fixes[place - 1]} ")
+            elif token in (embedder.id_start, embedder.id_end, embedder.id_pad):
+                found.append("")
+            else:
+                found.append(token_text(embedder, token))
+    return found
+
+
+def token_text(embedder: Any, token: int) -> str:
+    tokenizer: Any = getattr(embedder.wrapped, "tokenizer", None)
+    if hasattr(tokenizer, "convert_ids_to_tokens"):
+        raw = str(tokenizer.convert_ids_to_tokens(token))
+    elif hasattr(tokenizer, "decode"):
+        raw = f"{tokenizer.decode([token])}</w>"
+    else:
+        import open_clip.tokenizer
+
+        raw = open_clip.tokenizer._tokenizer.decoder[token]
+    return raw.replace("</w>", " ")
+
+
+def merged(texts: Sequence[str], sizes: Tensor, owners: Sequence[int], images: int) -> list[list[tuple[str, float]]]:
+    """Words with the largest significance of their tokens, an image's largest being 1.
+
+    Args:
+        texts: of each row.
+        sizes: ‖∂‖Δ‖/∂e_i‖, `(rows, tokens)`.
+        owners: the image of each row.
+    """
+    found: list[list[tuple[str, float]]] = [[] for _ in range(images)]
+    for row, text in enumerate(texts):
+        word, size = "", 0.0
+        for token, value in zip(token_texts(text), sizes[row].tolist()):
+            if not token:
+                continue
+            word, size = word + token.rstrip(), max(size, value)
+            if token.endswith(" "):
+                found[owners[row]].append((word, size))
+                word, size = "", 0.0
+        if word:
+            found[owners[row]].append((word, size))
+    result = []
+    for pairs in found:
+        most = max((size for _, size in pairs), default=0.0) or 1.0
+        result.append([(word, size / most) for word, size in pairs])
+    return result

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib_memnoise.calibration import BadCalibration, Key, from_document, make, ordinary_prompts
+from lib_memnoise.store import CalibrationStore
+
+KEY = Key("abc123", 512, 512, "eps", 981)
+positive = st.floats(0.01, 100)
+
+
+@given(st.lists(positive, min_size=20, max_size=60), st.floats(0.001, 0.5))
+def test_a_threshold_keeps_its_rate(scores: list[float], rate: float) -> None:
+    """Of n + 1 exchangeable scores, the last is above the others' threshold in at most this share of orders."""
+    calibration = make(KEY, scores)
+    above = sum(score > calibration.threshold(rate) for score in scores)
+    assert above <= rate * (len(scores) + 1)
+    assert calibration.threshold(rate) in calibration.scores
+    assert calibration.median == pytest.approx(np.median(scores))
+
+
+def test_percentiles() -> None:
+    calibration = make(KEY, range(1, 101))
+    assert [calibration.percentile(score) for score in (0.5, 1, 50.5, 100, 200)] == [0, 1, 50, 100, 100]
+    assert calibration.threshold(0.01) == 100 and calibration.threshold(0.1) == 91
+
+
+def test_derived_settings() -> None:
+    numbers = make(KEY, [0.9] * 100).settings(1.0, 0.01)
+    assert numbers == {"gamma": 0.7, "target": 0.9, "target_kind": "absolute", "threshold": 0.9}  # SD 1.4's
+    # At half the side, ‖Δ‖ of the same quality is half as large, and the settings are at the reference size.
+    assert make(KEY, [0.45] * 100).settings(0.5, 0.01) == numbers
+    assert make(KEY, [1e-4] * 100).settings(1.0, 0.01)["gamma"] == 10
+
+
+@given(st.lists(positive, min_size=20, max_size=30))
+def test_documents_come_back(scores: list[float]) -> None:
+    calibration = make(KEY, scores)
+    assert from_document(json.loads(json.dumps(calibration.document()))) == calibration
+
+
+GOOD = make(KEY, range(1, 31)).document()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        None, [], {}, "x", {**GOOD, "format": 2}, {**GOOD, "width": "512"}, {**GOOD, "checkpoint": 3},
+        {**GOOD, "scores": None}, {**GOOD, "scores": [1.0] * 19}, {**GOOD, "scores": [1.0] * 29 + [math.nan]},
+        {**GOOD, "scores": [1.0] * 29 + [0.0]}, {**GOOD, "scores": ["1"] * 30},
+    ],
+)  # fmt: skip
+def test_what_is_no_calibration(bad: Any) -> None:
+    with pytest.raises(BadCalibration):
+        from_document(bad)
+
+
+@given(st.text(), st.integers(64, 2048))
+def test_names_are_for_files(checkpoint: str, side: int) -> None:
+    name = Key(checkpoint, side, side, "v", 999).name
+    assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-") and len(name) < 120
+    assert not name.startswith(".") and name.endswith(f"-{side}x{side}-v-999")
+
+
+def test_a_store(tmp_path: Path) -> None:
+    store = CalibrationStore(tmp_path / "new" / "folder")
+    assert store.load(KEY) == (None, None) and store.all() == []
+    calibration = make(KEY, range(1, 31))
+    path = store.save(calibration)
+    assert store.load(KEY) == (calibration, None) and store.all() == [calibration]
+    assert [file.name for file in store.folder.iterdir()] == [path.name]
+    assert store.load(Key("abc123", 512, 512, "eps", 999)) == (None, None)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b"[]", b"[" * 100_000, json.dumps({"format": 1}).encode()])
+def test_damage_is_set_aside_and_said(tmp_path: Path, damage: bytes) -> None:
+    store = CalibrationStore(tmp_path)
+    path = store.save(make(KEY, range(1, 31)))
+    path.write_bytes(damage)
+    assert store.all() == []
+    found, said = store.load(KEY)
+    assert found is None and said is not None and path.name in said and "\n" not in said
+    assert not path.exists() and len(list(tmp_path.iterdir())) == 1
+    assert store.load(KEY) == (None, None)
+    store.save(make(KEY, range(1, 31)))
+    assert store.load(KEY)[0] is not None
+
+
+def test_another_checkpoints_file(tmp_path: Path) -> None:
+    """Two names may come to one file; a calibration is never taken for another checkpoint's."""
+    store = CalibrationStore(tmp_path)
+    one, other = (Key(name, 512, 512, "eps", 981) for name in ("a b", "a/b"))
+    assert one.name == other.name
+    store.save(make(one, range(1, 31)))
+    found, said = store.load(other)
+    assert found is None and said is not None and "another checkpoint" in said
+
+
+def _save_and_load(folder: Path, shift: int) -> None:
+    store = CalibrationStore(folder)
+    for k in range(20):
+        store.save(make(KEY, np.arange(1, 401) + shift + k))
+        found, said = store.load(KEY)
+        assert said is None and found is not None
+
+
+def test_processes_do_not_clash(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_save_and_load, args=(tmp_path, 1000 * k)) for k in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_ordinary_prompts() -> None:
+    prompts = ordinary_prompts()
+    assert len(set(prompts)) == len(prompts) >= 100 and prompts[:30] == ordinary_prompts(30)
+    assert len(set(ordinary_prompts(400))) == 400
+    with pytest.raises(ValueError, match="no 1000000 ordinary prompts"):
+        ordinary_prompts(1_000_000)
