@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from lib_memnoise import __version__
 from lib_memnoise.memory import is_out_of_memory
-from lib_memnoise.miniature import MANIFEST, WEIGHTS, OneSentence
+from lib_memnoise.miniature import OneSentence
 from lib_memnoise.settings import json_schema
 
 PAGE = "memnoise-demo.html"
@@ -57,25 +57,7 @@ def checked_page(path: Path) -> Path:
     return path
 
 
-def toy_demo(arguments: argparse.Namespace) -> None:
-    """What there is to see in a checkout without the miniature's weights."""
-    import torch
-
-    from lib_memnoise.lab.demo import STATEMENT, compare, table
-
-    torch.set_num_threads(1)  # on tensors this small, threads only wait for one another
-    records = compare(seed=arguments.seed, images=arguments.images, steps=arguments.steps)
-    if arguments.json:
-        print(STATEMENT, file=sys.stderr)
-        print(json.dumps(records, indent=2))
-    else:
-        print(table(records))
-
-
 def demo(arguments: argparse.Namespace) -> None:
-    if not (WEIGHTS / MANIFEST).exists():
-        toy_demo(arguments)
-        return
     # Imported here: the other commands need no torch.
     import torch
     from tqdm import tqdm

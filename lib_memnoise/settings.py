@@ -307,11 +307,12 @@ PRESET_VALUES: dict[str, dict[str, Any]] = {
         "gamma": 0.7, "rho": 50.0, "steps": 2, "tau": 900.0,
         "lr": 0.01, "target": 0.9, "target_kind": "absolute", "threshold": 1.5,
     },
-    # Appendix B, Euler. Inferred, not published: γ̃, ρ and lr act on latents scaled by σ_max and on v, so they are
-    # divided by it here (γ̃ on ε is then 0.7, SD1.4's very value); targets are in v, of which the paper sweeps
-    # 5…20 and names no default.
+    # Appendix B, Euler. Which space γ̃, ρ and lr act in is not published. γ̃ and lr are divided by σ_max (γ̃ is then 0.7
+    # on ε, SD1.4's very value), ρ is not: on the v-prediction miniature ‖Δ‖ then falls to 0.64 of itself and the
+    # noise keeps its length, while ρ / σ_max leaves it at 0.98, and γ̃ as published brings it to 0.21 with noise of
+    # 1.9 times its length. Targets are in v, of which the paper sweeps 5…20 and names no default.
     "sd2_v": {
-        "gamma": round(0.7 / SIGMA_MAX, 4), "rho": round(30 / SIGMA_MAX, 4), "steps": 4, "tau": 917.449,
+        "gamma": round(0.7 / SIGMA_MAX, 4), "rho": 30.0, "steps": 4, "tau": 917.449,
         "lr": round(0.1 / SIGMA_MAX, 5), "target": 10.0, "target_kind": "absolute", "threshold": 20.0,
     },
     # Checkpoints without published numbers (SDXL): SD1.4's, but the target relative to what the image starts from.

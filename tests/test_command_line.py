@@ -17,7 +17,7 @@ from lib_memnoise import __main__ as command_line
 from lib_memnoise import __version__
 from lib_memnoise.__main__ import main
 from lib_memnoise.lab import claims, comparison
-from lib_memnoise.miniature import MANIFEST, WEIGHTS, checkpoint, model
+from lib_memnoise.miniature import WEIGHTS, checkpoint, model
 from lib_memnoise.settings import from_mapping, json_schema
 
 ROOT = Path(__file__).parents[1]
@@ -25,9 +25,6 @@ KEYS = {
     "method", "settings", "prompts", "images", "similarity", "copied", "alignment", "rows", "backward_rows",
     "magnitude_before", "magnitude_after", "norm",
 }  # fmt: skip
-needs_weights = pytest.mark.skipif(
-    not (WEIGHTS / MANIFEST).exists(), reason="the miniature's weights are not part of this checkout"
-)
 SMALL = ("--prompts", "2", "--images", "1", "--steps", "4", "--threads", "1")
 
 
@@ -66,7 +63,6 @@ def records_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str,
 # The demo
 
 
-@needs_weights
 def test_json(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     records = records_of(capsys, *SMALL, "--seed", "5")
     assert [record["method"] for record in records] == ["none", "static tau", "batch-wise", "per-sample"]
@@ -81,7 +77,6 @@ def test_json(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert not list(folder.iterdir())  # no page unless one is named
 
 
-@needs_weights
 def test_table_and_page(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr(command_line.webbrowser, "open", opened.append)
@@ -97,13 +92,11 @@ def test_table_and_page(capsys: pytest.CaptureFixture[str], folder: Path, monkey
     assert [path.name for path in folder.iterdir()] == [page.name]
 
 
-@needs_weights
 def test_unknown_words() -> None:
     said = refusal("demo", *SMALL, "--prompt", "a zebra in a submarine")
     assert "does not know the words 'submarine', 'zebra'" in said
 
 
-@needs_weights
 @pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written(folder: Path) -> None:
     folder.chmod(0o500)
@@ -113,13 +106,11 @@ def test_a_folder_that_cannot_be_written(folder: Path) -> None:
         folder.chmod(0o700)
 
 
-@needs_weights
 @pytest.mark.parametrize("name", ["missing/page.html", "."])
 def test_a_page_that_cannot_be_written(name: str) -> None:
     assert "cannot be written" in refusal("demo", *SMALL, "--page", name)
 
 
-@needs_weights
 def test_tampered_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     copy = tmp_path / "weights"
     shutil.copytree(WEIGHTS, copy)
@@ -129,7 +120,6 @@ def test_tampered_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert "eps.safetensors is damaged (1000 bytes)" in refusal("demo", *SMALL)
 
 
-@needs_weights
 @pytest.mark.parametrize(
     "error",
     [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")],
@@ -143,7 +133,6 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch, folder: Path, error:
     assert not list(folder.iterdir())
 
 
-@needs_weights
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -157,7 +146,6 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 # The claims
 
 
-@needs_weights
 def test_claims_that_fail_fail_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # Two steps make pictures of nothing.
     monkeypatch.setattr(claims, "SHORT", claims.Plan(images=1, taus=(900.0, 800.0), controls=1, steps=2))
@@ -178,7 +166,6 @@ def test_install_needs_a_webui(folder: Path) -> None:
     assert "is not a WebUI: it has no launch.py" in refusal("miniature", "install", str(folder))
 
 
-@needs_weights
 def test_install_says_what_it_wrote(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
@@ -190,7 +177,6 @@ def test_install_says_what_it_wrote(
     assert capsys.readouterr().out == f"{file}\n" and file.stat().st_size > 1_000_000
 
 
-@needs_weights
 @pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() == 0, reason="root may write everywhere")
 def test_install_without_permission(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     (folder / "launch.py").touch()

@@ -1,4 +1,5 @@
-"""What runs without a WebUI: the sampler, an analytic toy model, and the demo that compares the methods on it.
+"""What runs without a WebUI: samplers, generation on the miniature, the demo that compares the methods, the claims.
 
-The modules here need torch and numpy only, and call the same `lib_memnoise.mitigations` that the WebUI runs.
+The methods and the decision when guidance is on are the very code that the WebUI runs. What is needed beside torch and
+numpy is in the optional extra `demo`.
 """

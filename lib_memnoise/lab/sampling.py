@@ -12,15 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib_memnoise.guidance import guidance_off
-
 TRAINING_STEPS = 1000
 
 Predict = Callable[[Tensor, float], Tensor]
 """`predict(x, t)`: the prediction to follow at the latents x and timestep t, in the shape of x."""
-
-Eps = Callable[[Tensor, int, bool], Tensor]
-"""`eps(x, t, conditional)`: ε_θ(x, t, y) if conditional, else ε_θ(x, t, y_null), in the shape of x."""
 
 
 def alphas_cumprod() -> Tensor:
@@ -65,26 +60,3 @@ def follow(predict: Predict, x: Tensor, timesteps: Sequence[int], parameterizati
         a = alpha_bar(following)
         x = a**0.5 * clean + (1 - a) ** 0.5 * eps
     return x
-
-
-def ddim(eps: Eps, x: Tensor, timesteps: Sequence[int], tau: float, cfg: float) -> Tensor:
-    """Deterministic DDIM (η = 0) with classifier-free guidance held back until τ (Algorithm 1, second loop).
-
-    Args:
-        eps: the network; in steps where guidance is off only its unconditional row is evaluated.
-        x: initial latents at `timesteps[0]`, `(B, C, H, W)`.
-        timesteps: descending; see `ddim_timesteps`.
-        tau: guidance is off at t > τ.
-        cfg: guidance scale w.
-
-    Returns:
-        The latents at the last timestep, in the shape and dtype of x.
-    """
-
-    def guided(x: Tensor, t: float) -> Tensor:
-        unconditional = eps(x, int(t), False)
-        if guidance_off(t, tau):
-            return unconditional
-        return unconditional + cfg * (eps(x, int(t), True) - unconditional)
-
-    return follow(guided, x, timesteps)

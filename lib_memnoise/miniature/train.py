@@ -316,7 +316,7 @@ def stages(folder: Path) -> dict[str, Stage]:
             "autoencoder", 1900, 8, 1.5e-3, TrainableAutoencoder, AutoencoderLoss(folder, 8), ema=0.99
         ),
         "eps": Stage("eps", 6000, 32, 1e-3, Denoiser, DenoiserLoss(folder, 32, "eps")),
-        "detector": Stage("detector", 700, 32, 2e-3, Detector, DetectorLoss(folder, 32), ema=0.99),
+        "detector": Stage("detector", 2000, 32, 2e-3, Detector, DetectorLoss(folder, 32), ema=0.99),
         "v": Stage("v", 1300, 32, 8e-4, Denoiser, DenoiserLoss(folder, 32, "v", from_shaped=True), start_from="eps"),
     }
 
