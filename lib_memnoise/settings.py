@@ -244,13 +244,17 @@ class Settings:
 
     def of_method(self) -> dict[str, Any]:
         """The settings that the chosen method uses, by name."""
-        values = {name: getattr(self, name) for name in SPECS}
+        values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if is_used(name, values)}
 
     @property
     def start(self) -> str:
         """When guidance starts: "first", "tau" or "transition"."""
         return METHODS[self.method].guidance if self.guidance == "method" else self.guidance
+
+    def follows_calibration(self, preset: str) -> bool:
+        """Whether all numbers come from the checkpoint's calibration if it has one; `preset` as in `resolved`."""
+        return self.preset == "calibrated" or (preset == "relative" and self.preset == "auto")
 
     def resolved(self, preset: str, calibrated: Mapping[str, Any] | None = None) -> Settings:
         """These settings with nothing left to a preset.
@@ -261,12 +265,12 @@ class Settings:
             calibrated: what the checkpoint's calibration says (`Calibration.settings`). Its threshold is always
                 taken, its other numbers where the preset is "calibrated", or nothing is published.
         """
+        follows = self.follows_calibration(preset)
         if self.preset != "auto":
             preset = self.preset
         values = dict(PRESET_VALUES[{"custom": "sd1", "calibrated": "relative"}.get(preset, preset)])
         if calibrated is not None:
-            own = preset == "calibrated" or (preset == "relative" and self.preset == "auto")
-            values.update(calibrated if own else {"threshold": calibrated["threshold"]})
+            values.update(calibrated if follows else {"threshold": calibrated["threshold"]})
         # A target means something only together with its kind: a preset never completes half of the pair.
         if self.target is not None:
             values["target_kind"] = "absolute"
@@ -375,6 +379,14 @@ def is_used(name: str, values: Mapping[str, Any]) -> bool:
     if spec.methods and effective("method", values) not in spec.methods:
         return False
     return spec.only is None or effective(spec.only[0], values) == spec.only[1]
+
+
+def deciders(name: str) -> tuple[str, ...]:
+    """The settings by which this one is used or not."""
+    spec = SPECS[name]
+    other = () if spec.only is None else (spec.only[0],)
+    # Where guidance starts unless the settings say otherwise is the method's.
+    return ("method", *other) if spec.methods or "guidance" in other else other
 
 
 def misplaced(name: str, values: Mapping[str, Any]) -> str:

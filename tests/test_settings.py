@@ -18,6 +18,7 @@ from lib_memnoise.settings import (
     SettingError,
     Settings,
     check,
+    deciders,
     from_infotext,
     from_mapping,
     from_text,
@@ -117,6 +118,12 @@ def test_other_mistakes() -> None:
         from_mapping({"steps": 1.5})
     with pytest.raises(SettingError, match="has no setting 3"):
         from_mapping({3: 3})  # type: ignore[dict-item]
+
+
+def test_what_decides_whether_a_setting_is_used() -> None:
+    assert deciders("gamma") == ("method",) and deciders("threshold") == ("when",) and deciders("hires") == ()
+    assert deciders("tau") == ("method", "guidance")  # by default guidance starts where the method has it
+    assert {other for name in SPECS for other in deciders(name)} == set(DECIDING)
 
 
 def test_text() -> None:

@@ -19,18 +19,18 @@ import torch
 from modules import devices, errors, processing, shared
 from torch import Tensor
 
-from lib_memnoise.calibration import Key
 from lib_memnoise.generation import REPORT_KEYS, Generation, ImageReport, report_infotext
 from lib_memnoise.guidance import ALWAYS, Start, make_start
 from lib_memnoise.host import calibrations, traces
 from lib_memnoise.host.arguments import Refusal
+from lib_memnoise.host.calibrations import parameterization
 from lib_memnoise.host.gate import Gate
 from lib_memnoise.host.gradients import frozen_network, run_leanly
 from lib_memnoise.host.predictor import Interrupted, Predictor, Unsupported, empty_prompt, make_predictor
 from lib_memnoise.host.rows import Cond
 from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations import METHODS
-from lib_memnoise.mitigations.outcome import Outcome, Scored, run, run_some, score
+from lib_memnoise.mitigations.outcome import Outcome, Scored, choose, run, run_some
 from lib_memnoise.settings import INFOTEXT, Settings, preset_for, size_factor, to_infotext
 
 GATE = "memnoise_gate"
@@ -106,10 +106,6 @@ def checkpoint_preset() -> str:
     return preset_for(parameterization=parameterization(), family=family)
 
 
-def parameterization() -> str:
-    return "v" if shared.sd_model.parameterization == "v" else "eps"
-
-
 def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
     """`process_before_every_sampling`: adjust the noise in place and hold guidance back for this pass."""
     generation = generation_of(p)
@@ -170,15 +166,16 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
 def resolved(generation: Generation, noise: Tensor, t: float, reports: list[ImageReport]) -> Settings:
     """The settings with their preset's numbers, and those of the checkpoint's calibration."""
     settings, kind = generation.settings, parameterization()
+    by_score = settings.when == "flagged" and settings.threshold is None
+    if not by_score and not settings.follows_calibration(generation.preset):
+        return settings.resolved(generation.preset)
     height, width = (8 * side for side in noise.shape[-2:])
-    key = Key(calibrations.checkpoint_id(), width, height, kind, round(t))
-    known, problem = calibrations.store().load(key)
-    wanted = settings.preset == "calibrated"
-    if known is None and wanted:
+    known, problem = calibrations.store().load(calibrations.key(t, width, height))
+    if known is None and settings.preset == "calibrated":
         raise Unsupported(
             f"the preset calibrated needs a calibration of this checkpoint at {width}x{height} and timestep {t:g}"
         )
-    if settings.when == "flagged" and settings.threshold is None:
+    if by_score:
         for report in reports:
             if problem:
                 report.note(problem)
@@ -209,15 +206,10 @@ def adjusted(noise: Tensor, predictor: Predictor, settings: Settings, reports: l
 
     if not is_measured_first(settings):
         return way(noise, predictor)
-    measured = score(noise, predictor)
-    images = list(range(len(reports)))
-    if settings.when == "flagged":
-        assert settings.threshold is not None
-        threshold = settings.threshold * size_factor(noise[0].numel(), kind)
-        images = measured.flagged(threshold)
-        for i, report in enumerate(reports):
-            report.threshold, report.left_alone = threshold, i not in images
-    return run_some(images, noise, Scored(predictor, measured), way)
+    choice = choose(noise, predictor, settings, parameterization=kind)
+    for i, report in enumerate(reports):
+        report.threshold, report.left_alone = choice.threshold, i not in choice.images
+    return run_some(choice.images, noise, Scored(predictor, choice.known), way)
 
 
 def fill_reports(reports: list[ImageReport], outcome: Outcome) -> None:

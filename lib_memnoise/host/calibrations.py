@@ -1,4 +1,4 @@
-"""Where the WebUI's calibrations are, and which checkpoint is loaded."""
+"""Where the WebUI's calibrations are, and which one belongs to the loaded checkpoint."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from modules import paths, shared
 
+from lib_memnoise.calibration import Key
 from lib_memnoise.store import CalibrationStore
 
 
@@ -14,7 +15,12 @@ def store() -> CalibrationStore:
     return CalibrationStore(Path(paths.data_path) / "memnoise" / "calibrations")
 
 
-def checkpoint_id() -> str:
-    """The loaded checkpoint's hash; its name where the host was told not to hash."""
+def parameterization() -> str:
+    """The loaded checkpoint's, "eps" or "v"."""
+    return "v" if shared.sd_model.parameterization == "v" else "eps"
+
+
+def key(timestep: float, width: int, height: int) -> Key:
+    """The loaded checkpoint is known by its hash; by its name where the host was told not to hash."""
     info = shared.sd_model.sd_checkpoint_info
-    return str(info.sha256 or info.name)
+    return Key(str(info.sha256 or info.name), width, height, parameterization(), round(timestep))

@@ -98,7 +98,7 @@ class Gate:
         self._clear()
         self.steps += 1
         if self.steps > 1:
-            self.answers.clear()
+            self.answers.of_image.clear()
         if self.error is not None:
             return
         try:
@@ -126,7 +126,6 @@ class Gate:
             self.expected_t = None
         off = {i for i in range(batch) if self.reports[i].failed is None and self.starts[i].is_off(t)}
         if params.x.shape[0] != len(self._owners):
-            self._native = {}
             self._weights = []  # nothing is known of these rows
             if off:
                 raise RuntimeError("another extension changed the batch")

@@ -61,21 +61,14 @@ class Answers:
     """The rows of each image's smallest Δ: those of the noise that it is left with."""
 
     of_image: dict[int, tuple[float, list[Answer]]] = field(default_factory=dict)
-    extra: dict[int, list[Answer]] = field(default_factory=dict)
-    """Of each image, rows beside those of Δ."""
     state: tuple[Any, ...] = ()
 
     def keep(self, image: int, magnitude: float, rows: list[Answer]) -> None:
         if image not in self.of_image or magnitude <= self.of_image[image][0]:
             self.of_image[image] = magnitude, rows
 
-    def clear(self) -> None:
-        self.of_image.clear()
-        self.extra.clear()
-
     def find(self, x: Tensor, t: Tensor, cond: Any) -> Tensor | None:
-        every = [answer for _, rows in self.of_image.values() for answer in rows]
-        every += [answer for rows in self.extra.values() for answer in rows]
+        every = (answer for _, rows in self.of_image.values() for answer in rows)
         return next((answer.out for answer in every if answer.is_to(x, t, cond)), None)
 
 

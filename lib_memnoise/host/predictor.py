@@ -209,13 +209,16 @@ class Predictor:
         conditional = conditioning(cond, self.image_cond[owners], unconditional=False)
         unconditional = conditioning(self.uncond, self.image_cond, unconditional=True)
         if self.calls:
-            native_cond, native_uncond = self._as_host(inputs, owners, cond, conditional, unconditional)
+            evaluated = self._as_host(inputs, owners, cond, conditional, unconditional)
         elif tokens(cond) == tokens(self.uncond) and getattr(shared.opts, "batch_cond_uncond", True):
             out = self._network(torch.cat([inputs[owners], inputs]), joined(conditional, unconditional))
-            native_cond, native_uncond = out.split([len(owners), len(images)])
+            evaluated = list(zip((conditional, unconditional), out.split([len(owners), len(images)])))
         else:
-            native_cond = self._network(inputs[owners], conditional)
-            native_uncond = self._network(inputs, unconditional)
+            evaluated = [
+                (conditional, self._network(inputs[owners], conditional)),
+                (unconditional, self._network(inputs, unconditional)),
+            ]
+        (_, native_cond), (_, native_uncond) = evaluated[:2]
         out_cond, out_uncond = native_cond.float(), native_uncond.float()
 
         delta = torch.zeros_like(out_uncond)
@@ -224,18 +227,22 @@ class Predictor:
         delta = delta.index_add(0, torch.tensor(owners, device=delta.device), differences)
 
         value = magnitude(delta.detach()).tolist()
-        for report, part, measured in zip(self.reports, self.parts, value):
-            report.forward_rows += len(part) + 1
+        kept = self._keep(value, inputs, owners, evaluated)
+        for report, measured, rows in zip(self.reports, value, kept):
+            report.forward_rows += len(rows)
             report.before = measured if report.before is None else report.before
-        self._keep(value, inputs, owners, (conditional, native_cond), (unconditional, native_uncond))
         if delta.requires_grad:
             delta.register_hook(self._count_backward)
         return delta
 
     def _as_host(
         self, inputs: Tensor, owners: list[int], cond: Cond, conditional: dict[str, Any], unconditional: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """The same rows, those that the host will ask for in its very calls: what is handed over is then exact."""
+    ) -> list[tuple[dict[str, Any], Tensor]]:
+        """The same rows, those that the host will ask for in its very calls: what is handed over is then exact.
+
+        Returns condition and outputs of the prompts' rows, of the unconditional ones, and of the host's own where
+        these are others.
+        """
         count = len(owners)
         own = self.uncond if self.host_uncond is None else self.host_uncond
         theirs = conditioning(own, self.image_cond, unconditional=True)
@@ -251,39 +258,24 @@ class Predictor:
                 condition = theirs
             parts.append(self._network(every[a:b], condition))
         out = torch.cat(parts)
-        native_cond, native_uncond = out[:count], out[count:]
-        if self.host_uncond is not None and len(native_uncond):
-            self._count(1)
-            self.answers.state = network_state()
-            for k, image in enumerate(self.images):
-                answer = Answer(
-                    inputs[k].detach(), self.step.timestep[0], select_rows(theirs, [k]), native_uncond[k].detach()
-                )
-                self.answers.extra.setdefault(image, []).append(answer)
-        if self.host_uncond is not None or not len(native_uncond):
-            native_uncond = self._network(inputs, unconditional)
-        return native_cond, native_uncond
-
-    def _count(self, rows: int) -> None:
-        for report in self.reports:
-            report.forward_rows += rows
+        prompts, others = (conditional, out[:count]), [(theirs, out[count:])] if len(out) > count else []
+        if self.host_uncond is None and others:
+            return [prompts, *others]
+        return [prompts, (unconditional, self._network(inputs, unconditional)), *others]
 
     def _keep(
-        self,
-        value: list[float],
-        inputs: Tensor,
-        owners: list[int],
-        conditional: tuple[dict[str, Any], Tensor],
-        unconditional: tuple[dict[str, Any], Tensor],
-    ) -> None:
+        self, value: list[float], inputs: Tensor, owners: list[int], evaluated: list[tuple[dict[str, Any], Tensor]]
+    ) -> list[list[Answer]]:
+        """Note what the sampler may ask again. Returns the rows that were evaluated of each image."""
         self.answers.state = network_state()
         t = self.step.timestep[0]
         rows: list[list[Answer]] = [[] for _ in value]
-        for (cond, out), every in ((conditional, owners), (unconditional, range(len(value)))):
-            for row, image in enumerate(every):
+        for k, (cond, out) in enumerate(evaluated):
+            for row, image in enumerate(range(len(value)) if k else owners):
                 rows[image].append(Answer(inputs[image].detach(), t, select_rows(cond, [row]), out[row].detach()))
         for image, measured, kept in zip(self.images, value, rows):
             self.answers.keep(image, measured, kept)
+        return rows
 
     def _count_backward(self, gradient: Tensor) -> None:
         raise_if_interrupted()

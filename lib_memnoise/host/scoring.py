@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,17 +17,11 @@ from modules import call_queue, processing, sd_samplers, shared
 from torch import Tensor
 
 from lib_memnoise import calibration
-from lib_memnoise.calibration import Calibration, Key
+from lib_memnoise.calibration import Calibration
 from lib_memnoise.checkpointing import checkpointed
 from lib_memnoise.generation import ImageReport
 from lib_memnoise.host import calibrations, words
-from lib_memnoise.host.a1111 import (
-    EmptyPrompt,
-    checkpoint_preset,
-    left_as_it_was,
-    parameterization,
-    raise_if_unsupported,
-)
+from lib_memnoise.host.a1111 import EmptyPrompt, checkpoint_preset, left_as_it_was, raise_if_unsupported
 from lib_memnoise.host.gradients import Lean, first_attempt, free_memory, frozen_network
 from lib_memnoise.host.predictor import Interrupted, Predictor, make_predictor
 from lib_memnoise.prediction import magnitude
@@ -128,7 +122,7 @@ def parse(body: Any) -> Request:
 
 
 @dataclass
-class Scored:
+class ScoredImage:
     """One image that would be generated."""
 
     prompt: str
@@ -145,6 +139,7 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
 
     reference = "empty"
     wants_words = False
+    scored: list[ScoredImage]
 
     def sample(self, conditioning: Any, unconditional_conditioning: Any, *args: Any, **kwargs: Any) -> Any:
         self.sampler = sd_samplers.create_sampler(self.sampler_name, self.sd_model)
@@ -166,13 +161,11 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
         for k, report in enumerate(reports):
             assert report.before is not None
             rows = report.forward_rows + report.backward_rows
-            self.scored.append(Scored(self.prompts[k], self.seeds[k], report.before, rows, predictor.step.t, found[k]))
+            self.scored.append(
+                ScoredImage(self.prompts[k], self.seeds[k], report.before, rows, predictor.step.t, found[k])
+            )
         empty = torch.zeros(3, 8, 8)
         return processing.DecodedSamples([empty for _ in x])
-
-    @property
-    def scored(self) -> list[Scored]:
-        return self.__dict__.setdefault("memnoise_scored", [])
 
     def heard(self, x: Tensor, predictor: Predictor) -> list[list[tuple[str, float]]]:
         """‖∂‖Δ‖/∂e_i‖ of every token i, merged to words (Wen et al. 2024)."""
@@ -191,24 +184,25 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
         return words.merged(texts, size, owners, len(x))
 
 
-def score(request: Request, progress: Callable[[int], None] = lambda done: None) -> list[Scored]:
-    """Score every prompt with every seed; the caller holds the host's queue.
-
-    Raises:
-        BadRequest: no checkpoint is loaded, or it is one that has no score. Stopped: the user interrupted.
-    """
+def raise_if_nothing_to_score() -> None:
     if getattr(shared.sd_model, "sd_checkpoint_info", None) is None:
         raise BadRequest("memnoise: no checkpoint is loaded.")
     raise_if_unsupported(Settings())
-    found: list[Scored] = []
-    for prompt in request.prompts:
-        for start in range(0, len(request.seeds), BATCH):
-            found += run_probe(request, [prompt], list(request.seeds[start : start + BATCH]))
-            progress(len(found))
-    return found
 
 
-def run_probe(request: Request, prompts: Sequence[str], seeds: Sequence[int]) -> list[Scored]:
+def score(request: Request) -> list[ScoredImage]:
+    """Score every prompt with every seed; the caller holds the host's queue.
+
+    Raises:
+        BadRequest: no checkpoint is loaded. Unsupported: it is one that has no score. Stopped: the user interrupted.
+    """
+    raise_if_nothing_to_score()
+    seeds = [list(request.seeds[start : start + BATCH]) for start in range(0, len(request.seeds), BATCH)]
+    shared.state.job_count = len(request.prompts) * len(seeds)
+    return [scored for prompt in request.prompts for part in seeds for scored in run_probe(request, [prompt], part)]
+
+
+def run_probe(request: Request, prompts: Sequence[str], seeds: Sequence[int]) -> list[ScoredImage]:
     """One batch: a prompt with several seeds, or several prompts with one seed each."""
     count = max(len(prompts), len(seeds))
     seeds = [processing.get_fixed_seed(seed) for seed in seeds]
@@ -231,7 +225,7 @@ def run_probe(request: Request, prompts: Sequence[str], seeds: Sequence[int]) ->
         do_not_save_grid=True,
     )
     p.scripts = None
-    p.wants_words = request.words
+    p.scored, p.wants_words = [], request.words
     if shared.state.interrupted or shared.state.skipped:
         raise Stopped("memnoise: interrupted.")
     with no_prompt_history():
@@ -268,31 +262,25 @@ def queued(job: str) -> Iterator[None]:
             shared.state.end()
 
 
-def key_of(timestep: float, width: int, height: int) -> Key:
-    return Key(calibrations.checkpoint_id(), width, height, parameterization(), round(timestep))
-
-
 def calibrate(request: Request) -> Calibration:
     """Score ordinary prompts and keep the result; nothing is kept if it is interrupted.
 
     Raises:
-        BadRequest, Stopped: see `score`. calibration.BadCalibration: scores that are no numbers.
+        BadRequest, Unsupported, Stopped: see `score`. calibration.BadCalibration: scores that are no numbers.
     """
-    if getattr(shared.sd_model, "sd_checkpoint_info", None) is None:
-        raise BadRequest("memnoise: no checkpoint is loaded.")
-    raise_if_unsupported(Settings())
+    raise_if_nothing_to_score()
     prompts = request.prompts
     if len(prompts) < calibration.FEWEST:
         raise BadRequest(
             f"memnoise: {len(prompts)} prompts are too few to calibrate with; it takes {calibration.FEWEST}."
         )
-    found: list[Scored] = []
+    found: list[ScoredImage] = []
     shared.state.job_count = math.ceil(len(prompts) / BATCH)
     for start in range(0, len(prompts), BATCH):
         part = list(prompts[start : start + BATCH])
         found += run_probe(request, part, list(range(start, start + len(part))))
     made = calibration.make(
-        key_of(found[0].timestep, request.width, request.height), [scored.score for scored in found]
+        calibrations.key(found[0].timestep, request.width, request.height), [scored.score for scored in found]
     )
     calibrations.store().save(made)
     return made
@@ -310,8 +298,8 @@ def verdict(score: float, threshold: float, known: Calibration | None) -> str:
 def answer(request: Request, rate: float = 0.01) -> dict[str, Any]:
     """`score`, with what the calibration says of it, as JSON."""
     found = score(request)
-    factor = size_factor(4 * (request.height // 8) * (request.width // 8), parameterization())
-    known, problem = calibrations.store().load(key_of(found[0].timestep, request.width, request.height))
+    factor = size_factor(4 * (request.height // 8) * (request.width // 8), calibrations.parameterization())
+    known, problem = calibrations.store().load(calibrations.key(found[0].timestep, request.width, request.height))
     preset = checkpoint_preset()
     threshold = known.threshold(rate) if known else PRESET_VALUES[preset]["threshold"] * factor
     images = [

@@ -9,7 +9,7 @@ from typing import Any
 from modules import scripts
 
 from lib_memnoise.host.arguments import PLOT, SLOTS, Refusal, from_arguments
-from lib_memnoise.settings import DECIDING, SPECS, SettingError, from_text, is_used, misplaced, type_of
+from lib_memnoise.settings import SPECS, SettingError, deciders, from_text, is_used, misplaced, type_of
 
 PREFIX = "[Memnoise] "
 TITLE = "Memnoise"
@@ -89,7 +89,7 @@ def confirm(name: str) -> Callable[[Any, Any], None]:
         for value in values:
             refuse_bad_value(name, value)
         values_of = page_arguments(p)
-        plotted = any(plots_over(p, other) for other in DECIDING)
+        plotted = any(plots_over(p, other) for other in deciders(name))
         if not plotted and not is_used(name, values_of):
             raise Refusal(f"memnoise: the axis {label(name)} {misplaced(name, values_of)}")
         if name != "enabled" and not plots_over(p, "enabled") and not page_enabled(p):

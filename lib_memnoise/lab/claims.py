@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from lib_memnoise.lab.bench import STEPS, FirstDelta, make_network, noises
+from lib_memnoise.lab.bench import PER_SAMPLE, STEPS, FirstDelta, make_network, noises
 from lib_memnoise.lab.records import aligned
 from lib_memnoise.lab.study import BATCH, Images, Subject, record, seed_of, study, subjects
 from lib_memnoise.miniature.model import Miniature
@@ -27,9 +27,6 @@ from lib_memnoise.settings import Settings
 TAUS = (960.0, 940.0, 920.0, 900.0, 880.0, 860.0, 820.0, 780.0, 740.0)
 NONE = Settings(enabled=False)
 BATCH_WISE = Settings(enabled=True, preset="sd1")
-PER_SAMPLE = Settings(enabled=True, method="per_sample", lr=0.02, target=0.25, target_kind="fraction")
-"""Chosen on prompts that are not held out: of half of the first ‖Δ‖ every picture was still a copy, at a quarter 2 of 5
-were, and further down the noise is too long."""
 RESAMPLES = 2000
 
 Values = NDArray[np.float64]

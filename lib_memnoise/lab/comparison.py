@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lib_memnoise.lab.bench import PER_SAMPLE
 from lib_memnoise.lab.records import aligned
 from lib_memnoise.lab.study import Images, Subject, record, study, subjects
 from lib_memnoise.miniature.model import Miniature
@@ -22,10 +23,9 @@ COMPARED: dict[str, Settings] = {
     "none": Settings(enabled=False),
     "static tau": Settings(enabled=True, gamma=0.0),
     "batch-wise": Settings(enabled=True),
-    "per-sample": Settings(enabled=True, method="per_sample", lr=0.02, target=0.25, target_kind="fraction"),
+    "per-sample": PER_SAMPLE,
 }
-"""The paper's settings where it has some for the variant; per-sample's target is a quarter of the first ‖Δ‖ (see
-`lib_memnoise.lab.claims.PER_SAMPLE`), since the paper's absolute one belongs to SD."""
+"""The paper's settings where it has some for the variant."""
 
 STATEMENT = (
     "A miniature Stable Diffusion (128 px, 7 million weights) that memorised some of its training pictures.\n"

@@ -73,16 +73,30 @@ class Score:
         """`(B,)`."""
         return magnitude(self.delta)
 
-    def flagged(self, threshold: float) -> list[int]:
-        """The images above the threshold, and those whose score is not finite."""
-        return [image for image, value in enumerate(self.values.tolist()) if not value <= threshold]
+
+@dataclass(frozen=True)
+class Choice:
+    """Which images of a batch are mitigated, and what is known of all of them."""
+
+    known: Score
+    threshold: float | None
+    """None: all are."""
+    images: list[int]
 
 
 @torch.no_grad()
-def score(x: Tensor, delta: Delta) -> Score:
-    """Evaluate Δ(x_T, T) once, by two network rows an image."""
+def choose(x: Tensor, delta: Delta, settings: Settings, *, parameterization: str) -> Choice:
+    """Evaluate Δ(x_T, T) once, by two network rows an image, and choose by it if the settings say so.
+
+    Chosen are the images whose score is above the threshold, and those whose score is not finite.
+    """
     x = working_precision(x)
-    return Score(x, delta(x).to(x.dtype))
+    known = Score(x, delta(x).to(x.dtype))
+    if settings.when != "flagged":
+        return Choice(known, None, list(range(len(x))))
+    assert settings.threshold is not None
+    threshold = settings.threshold * size_factor(x[0].numel(), parameterization)
+    return Choice(known, threshold, [i for i, value in enumerate(known.values.tolist()) if not value <= threshold])
 
 
 @dataclass(frozen=True)
