@@ -215,10 +215,20 @@ def test_calibrations_do_not_clash(studio: Studio) -> None:
 
 def test_a_calibration_can_be_interrupted(studio: Studio) -> None:
     body = {**SMALL, "prompts": ordinary_prompts(250), "steps": 7}
-    stop = threading.Timer(0.6, lambda: studio.host.post("/sdapi/v1/interrupt"))
+    answered = threading.Event()
+
+    def interrupt() -> None:
+        # An interrupt before the job has begun is forgotten, so one is not enough.
+        while not answered.wait(0.05):
+            studio.host.post("/sdapi/v1/interrupt")
+
+    stop = threading.Thread(target=interrupt)
     stop.start()
-    status, answer = post(studio, "calibrate", body)
-    stop.join()
+    try:
+        status, answer = post(studio, "calibrate", body)
+    finally:
+        answered.set()
+        stop.join()
     assert status == 409 and answer["detail"] == "memnoise: interrupted.", answer
     assert all(made["timestep"] != 858 for made in studio.host.get("/memnoise/v1/calibrations").json())
     assert studio.run().images
