@@ -21,6 +21,16 @@ function memnoiseShow(methodLabel, presetLabel, whenLabel, guidanceLabel) {
     return [];
 }
 
+// Runs a button's request as Generate's is: with the host's progress bar and its Interrupt.
+function memnoiseTask(...values) {
+    const id = randomId();
+    showSubmitButtons("txt2img", false);
+    requestProgress(id, gradioApp().querySelector("#script_memnoise_verdict"), null, () => {
+        showSubmitButtons("txt2img", true);
+    });
+    return [id, ...values.slice(1)];
+}
+
 onUiLoaded(() => {
     // The first values may come from ui-config.json, so they are read off the page.
     const value = (name) => gradioApp().querySelector(`#script_memnoise_${name} input`)?.value;

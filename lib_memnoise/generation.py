@@ -46,6 +46,8 @@ class ImageReport:
     transition: float | None = None
     """Where guidance started at the image's own transition point: its timestep."""
     trace: list[TracePoint] = field(default_factory=list)
+    drawn: list[TracePoint] = field(default_factory=list)
+    """The trace of the same noise as drawn, if it was asked for."""
 
     def note(self, text: str) -> None:
         if text not in self.notes:

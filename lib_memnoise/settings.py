@@ -57,6 +57,7 @@ STARTS = {
     "tau": "at timestep τ",
     "transition": "at the image's own transition point",
 }
+TRACES = {"off": "no", "on": "as sampled", "compare": "as sampled, and of the noise as drawn"}
 MITIGATED = {"always": "every image", "flagged": "images that score as memorised"}
 _BATCH, _SAMPLE = ("batch_wise",), ("per_sample",)
 
@@ -222,12 +223,13 @@ class Settings:
         choices={"empty": "empty prompt", "negative": "negative prompt"},
         help="What the prediction is measured against, and what is followed while guidance is off.",
     )
-    trace: bool = _setting(
-        False,
+    trace: str = _setting(
+        "off",
         label="Trace the magnitude",
         advanced=True,
+        choices=TRACES,
         help="‖Δ‖ of every image along the trajectory. Costs nothing in steps with guidance on, a network row an image "
-        "in those without.",
+        "in those without; the noise as drawn costs a whole second sampling.",
     )
     hires: bool = _setting(
         False,

@@ -2,7 +2,7 @@
 
 from modules import script_callbacks, scripts
 
-from lib_memnoise.host import a1111, api, arguments, ui, xyz
+from lib_memnoise.host import a1111, api, arguments, page, ui, xyz
 
 
 class Memnoise(scripts.Script):
@@ -10,10 +10,14 @@ class Memnoise(scripts.Script):
         return xyz.TITLE
 
     def show(self, is_img2img):
-        return False if is_img2img else scripts.AlwaysVisible
+        if is_img2img:
+            return False
+        if not self.is_img2img and not hasattr(self, "page"):  # the host asks more than once
+            self.page = page.Page(self)
+        return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
-        components, self.infotext_fields = ui.build(self.elem_id)
+        components, self.infotext_fields = ui.build(self.elem_id, self.page)
         return components
 
     def setup(self, p, *args):

@@ -24,6 +24,9 @@ STAND_INS = """
 function gradioApp() { return document; }
 function onUiLoaded(callback) { (onUiLoaded.waiting ??= []).push(callback); }
 function submit(...values) { return ["task(page)", ...values.slice(1)]; }
+function randomId() { return "task(page)"; }
+function showSubmitButtons(tab, show) {}
+function requestProgress(id, place, gallery, atEnd) {}
 function inputAccordionChecked(id, ticked) {
     const box = document.getElementById(`${id}-visible-checkbox`);
     const head = document.querySelector(`#${id} > .label-wrap`);

@@ -24,7 +24,8 @@ from lib_memnoise.guidance import ALWAYS, Start, make_start
 from lib_memnoise.host import calibrations, traces
 from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.calibrations import parameterization
-from lib_memnoise.host.gate import Gate
+from lib_memnoise.host.drawn import trace_as_drawn
+from lib_memnoise.host.gate import GATE, Gate
 from lib_memnoise.host.gradients import frozen_network, run_leanly
 from lib_memnoise.host.predictor import Interrupted, Predictor, Unsupported, empty_prompt, make_predictor
 from lib_memnoise.host.rows import Cond
@@ -32,8 +33,6 @@ from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.mitigations.outcome import Outcome, Scored, choose, run, run_some
 from lib_memnoise.settings import INFOTEXT, Settings, preset_for, size_factor, to_infotext
-
-GATE = "memnoise_gate"
 
 
 def begin(p: Any, settings: Settings | Refusal) -> None:
@@ -82,7 +81,7 @@ def describe(p: Any) -> None:
         generation.fail_instead = True
     generation.preset = checkpoint_preset()
     p.extra_generation_params.update(to_infotext(generation.settings.pinned(generation.preset)))
-    if generation.settings.trace:
+    if generation.settings.trace != "off":
         generation.trace_id = uuid.uuid4().hex
         p.extra_generation_params[f"{INFOTEXT} trace id"] = generation.trace_id
     for key in REPORT_KEYS:
@@ -130,6 +129,8 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
             )
             settings = resolved(generation, noise, predictor.step.t, reports)
             outcome = adjusted(noise, predictor, settings, reports)
+            if settings.trace == "compare" and not p.is_hr_pass and not torch.equal(outcome.x, noise):
+                compare(p, noise, c, uc, predictor, settings, empty, reports)
     except Interrupted:
         for report in reports:
             report.note("interrupted before the noise was adjusted")
@@ -139,18 +140,20 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
         noise.copy_(outcome.x)
         t = predictor.step.t
         fill_reports(reports, outcome)
-        starts = [Start() if report.left_alone else make_start(settings) for report in reports]
+        starts = starts_of(reports, settings)
         for report, start in zip(reports, starts):
             if not report.left_alone:
                 report.used = {**outcome.used, "T": t}
             if start.tau < ALWAYS and not start.is_off(t):
                 report.note(f"guidance is never off: the first timestep {t:g} is not above tau {start.tau:g}")
+            if not p.cfg_scale > 1 and not report.left_alone:
+                report.note(f"the CFG scale {p.cfg_scale:g} is no guidance, so there is none to hold back")
         gate = Gate(
             p,
             p.sampler.model_wrap_cfg,
             reports=reports,
             starts=starts,
-            tracing=settings.trace,
+            tracing=settings.trace != "off",
             exact=settings.exact_batches and any(report.left_alone for report in reports),
             reference=settings.reference,
             empty=empty,
@@ -161,6 +164,35 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
         setattr(p.sampler.model_wrap_cfg, GATE, gate)
         if generation.fail_instead and outcome.failed:
             fail_sampling(p, RuntimeError(next(iter(outcome.failed.values()))))
+
+
+def starts_of(reports: list[ImageReport], settings: Settings) -> list[Start]:
+    """When guidance starts, for every image of a batch; each pass needs its own."""
+    return [Start() if report.left_alone else make_start(settings) for report in reports]
+
+
+def compare(
+    p: Any,
+    noise: Tensor,
+    c: Any,
+    uc: Any,
+    predictor: Predictor,
+    settings: Settings,
+    empty: EmptyPrompt,
+    reports: list[ImageReport],
+) -> None:
+    """Trace the noise as drawn. If that fails the pictures come all the same, and say so."""
+    try:
+        trace_as_drawn(
+            p, noise, c, uc, predictor=predictor, starts=starts_of(reports, settings), reference=settings.reference,
+            empty=empty, reports=reports,
+        )  # fmt: skip
+    except Interrupted:
+        raise
+    except Exception as error:
+        errors.report("memnoise: the noise as drawn could not be traced", exc_info=True)
+        for report in reports:
+            report.note(f"the noise as drawn could not be traced: {error}")
 
 
 def resolved(generation: Generation, noise: Tensor, t: float, reports: list[ImageReport]) -> Settings:
@@ -341,3 +373,9 @@ def finish(p: Any, processed: Any) -> None:
         key = f"{INFOTEXT} {key}"
         values = [report[key] for report in reports]
         p.extra_generation_params[key] = values if any(value is not None for value in values) else None
+    if generation.trace_id is not None and getattr(shared.opts, "memnoise_save_traces", False):
+        try:
+            traces.save(generation, processed.images[processed.index_of_first_image :], p.batch_size)
+        except OSError as error:
+            errors.report("memnoise: traces could not be saved", exc_info=True)
+            processed.comments += f"Memnoise: traces could not be saved: {error}.\n"

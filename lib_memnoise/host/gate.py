@@ -18,6 +18,9 @@ from lib_memnoise.host.handover import Answers, Handover
 from lib_memnoise.host.predictor import conditioning, follows_negative, joined, pad_unconditional, tokens
 from lib_memnoise.host.rows import Cond, select_rows
 
+GATE = "memnoise_gate"
+"""Attribute of a denoiser: its gate."""
+
 
 class Gate:
     """Sits on one sampler's network wrapper, which lives as long as one pass does: nothing to take off.

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from lib_memnoise.files import replacing
 from lib_memnoise.generation import Generation
 
 MOST = 128
@@ -50,7 +56,29 @@ def document(generation: Generation) -> dict[str, Any]:
                 "tau": report.used.get("tau"),
                 "transition": report.transition,
                 "points": [asdict(point) for point in report.trace],
+                "drawn": [asdict(point) for point in report.drawn],
             }
             for (batch, place), report in sorted(generation.images.items())
         ],
     }
+
+
+def save(generation: Generation, pictures: Sequence[Image.Image], batch_size: int) -> None:
+    """Write each image's trace beside its picture, `NAME.memnoise.json` and `.png`, if that was saved.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    from lib_memnoise import plots
+
+    traced = document(generation)
+    of_place = {(image["batch"], image["place"]): image for image in traced["images"]}
+    for number, picture in enumerate(pictures):
+        image, name = of_place.get(divmod(number, batch_size)), getattr(picture, "already_saved_as", None)
+        if image is None or not name or not (image["points"] or image["drawn"]):
+            continue
+        own = {**traced, "images": [image]}
+        with replacing(Path(name).with_suffix(".memnoise.json")) as partial:
+            partial.write_text(json.dumps(own, indent=1), encoding="utf-8")
+        with replacing(Path(name).with_suffix(".memnoise.png")) as partial:
+            partial.write_bytes(plots.png(own))

@@ -12,10 +12,9 @@ from modules import shared
 from modules.ui_components import FormGroup, InputAccordion
 
 from lib_memnoise.host.arguments import CONTROLS, SLOTS
+from lib_memnoise.host.page import JS, Page
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.settings import DEFAULTS, PRESET_VALUES, SPECS, from_infotext, is_used, shown, type_of
-
-JS = "_js" if gr.__version__.startswith("3.") else "js"
 
 
 def initial(name: str) -> Any:
@@ -52,7 +51,7 @@ def classes(name: str) -> list[str]:
     return found
 
 
-def build(elem_id: Callable[[str], str]) -> tuple[list[Any], list[tuple[Any, Any]]]:
+def build(elem_id: Callable[[str], str], page: Page) -> tuple[list[Any], list[tuple[Any, Any]]]:
     """The accordion. Returns the components in the order of SLOTS, and what a pasted infotext does to each."""
     controls: dict[str, Any] = {}
 
@@ -92,6 +91,7 @@ def build(elem_id: Callable[[str], str]) -> tuple[list[Any], list[tuple[Any, Any
         )
         options = gr.JSON(visible=False, label="options (API: a dict of settings)")
         surplus = gr.JSON(visible=False, label="(leave empty)")
+        page.build(elem_id)
 
     chosen = [controls[name] for name in CHOOSING]
     for component in chosen:
@@ -171,6 +171,10 @@ def settings_page() -> None:
         (
             "memnoise_page_note", True, "Say under each picture what memnoise did",
             "warnings and failures are always shown",
+        ),
+        (
+            "memnoise_save_traces", False, "Save traces of the magnitude beside the pictures",
+            "as JSON and PNG, where a generation traces it and its pictures are saved",
         ),
     ):  # fmt: skip
         shared.opts.add_option(key, shared.OptionInfo(default, label, section=section).info(info))

@@ -313,3 +313,62 @@ def test_pasting_what_cannot_be_read_without_a_browser(double: Any) -> None:
     assert not pictures and "class='error'" in log and "tau = &quot;soon&quot; is not valid" in log
     pictures, _, infotext, log = pressed(double, MALFORMED, script_memnoise_unreadable="")
     assert len(pictures) == 1 and "Memnoise gamma: 0.4" in infotext and "class='error'" not in log
+
+
+def verdict(page: HostPage) -> Any:
+    return page.control("verdict").first  # gradio gives an HTML block and its content one id
+
+
+def press(page: HostPage, name: str) -> None:
+    with page.answered("task("):
+        page.control(name).click()
+
+
+def test_checking_a_prompt(page: HostPage) -> None:
+    page.small()
+    page.open()
+    press(page, "check")
+    expect(verdict(page)).to_contain_text("Threshold")
+    row = verdict(page).locator("tr").nth(1)
+    expect(row.locator("td").first).to_have_text("7")
+    score = row.locator("td").nth(1).inner_text()
+    expect(page.control("words")).to_be_visible()
+    words = page.control("words").locator(".textspan").all_inner_texts()
+    assert len(words) == 6, words
+    if page.is_real:  # the double has words of its own
+        assert [word.strip() for word in words] == ["a", "red", "fox", "in", "the", "snow"]
+    expect(page.pictures).to_have_count(0)
+
+    page.generate()
+    expect(page.infotext).to_contain_text(f"Memnoise magnitude: {score}")
+
+    page.prompt("")
+    press(page, "check")
+    expect(verdict(page).locator(".error")).to_contain_text("an empty prompt has no score")
+    expect(page.control("words")).not_to_be_visible()
+
+
+def test_calibrating(page: HostPage) -> None:
+    page.small()
+    page.open()
+    press(page, "calibrate")
+    expect(verdict(page)).to_contain_text("Calibrated at 64x64")
+    press(page, "check")
+    expect(verdict(page)).not_to_contain_text("not calibrated")
+    expect(verdict(page).locator("tr").nth(1).locator("td").nth(2)).not_to_be_empty()
+
+
+def test_the_trace_is_plotted(page: HostPage) -> None:
+    page.small()
+    page.open()
+    page.generate()
+    expect(page.pictures.first).to_be_visible()
+    expect(page.control("plot")).not_to_be_visible()
+    page.open_more()
+    page.choose("trace", (SPECS["trace"].choices or {})["compare"])
+    page.generate()
+    expect(page.control("plot")).to_be_visible()
+    expect(page.control("plot").locator("canvas, svg.marks").first).to_be_visible()
+    page.choose("trace", (SPECS["trace"].choices or {})["off"])
+    page.generate()
+    expect(page.control("plot")).not_to_be_visible()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lib_memnoise.calibration import ordinary_prompts
 from lib_memnoise.settings import size_factor
@@ -158,7 +160,7 @@ def trace_of(studio: Studio, run: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("sampler", ["DDIM", "Euler", "Heun"])
 def test_trace(studio: Studio, sampler: str) -> None:
     payload = {"sampler_name": sampler, "batch_size": 2, "steps": 12}
-    plain, traced = studio.run({"method": "none"}, **payload), studio.run({"method": "none", "trace": True}, **payload)
+    plain, traced = studio.run({"method": "none"}, **payload), studio.run({"method": "none", "trace": "on"}, **payload)
     assert same(plain, traced) and traced.number("rows") == plain.number("rows")  # with guidance on it is free
     for image, found in enumerate(trace_of(studio, traced)):
         points = found["points"]
@@ -168,7 +170,7 @@ def test_trace(studio: Studio, sampler: str) -> None:
         timesteps = [point["t"] for point in points]
         assert timesteps == sorted(timesteps, reverse=True) or sampler == "Heun"
 
-    held, free = studio.run({"tau": 500, "trace": True}, **payload), studio.run({"tau": 500}, **payload)
+    held, free = studio.run({"tau": 500, "trace": "on"}, **payload), studio.run({"tau": 500}, **payload)
     assert all(np.abs(a.astype(float) - b).mean() < 0.5 for a, b in zip(held.pictures, free.pictures))
     for image, found in enumerate(trace_of(studio, held)):
         off = [point for point in found["points"] if not point["guided"]]
@@ -177,16 +179,63 @@ def test_trace(studio: Studio, sampler: str) -> None:
 
 
 def test_a_trace_says_what_it_is_measured_against(studio: Studio) -> None:
-    run = studio.run({"tau": 500, "trace": True}, negative_prompt="blurry", steps=12)
+    run = studio.run({"tau": 500, "trace": "on"}, negative_prompt="blurry", steps=12)
     points = trace_of(studio, run)[0]["points"]
     assert {(point["guided"], point["against"]) for point in points} == {(False, "empty"), (True, "negative")}
+
+
+@pytest.mark.parametrize("sampler", ["DDIM", "Euler a", "DPM++ SDE"])
+def test_the_noise_as_drawn_is_traced_too(studio: Studio, sampler: str) -> None:
+    """The picture is the same as without; the other curve is that of guidance held back alone (γ̃ = 0)."""
+    payload = {"sampler_name": sampler, "batch_size": 2, "steps": 6}
+    settings = {"preset": "custom", "tau": 500}
+    traced, both = (studio.run({**settings, "trace": trace}, **payload) for trace in ("on", "compare"))
+    held = studio.run({**settings, "gamma": 0, "trace": "on"}, **payload)
+    assert same(traced, both) and traced.info["all_seeds"] == both.info["all_seeds"]
+    curves, alone = trace_of(studio, both), trace_of(studio, held)
+    for image, found in enumerate(curves):
+        assert found["points"] == trace_of(studio, traced)[image]["points"]
+        drawn, expected = found["drawn"], alone[image]["points"]
+        assert [point["t"] for point in drawn] == [point["t"] for point in expected]
+        assert [p["magnitude"] for p in drawn] == pytest.approx([p["magnitude"] for p in expected], rel=1e-3)
+        assert found["drawn"][0]["magnitude"] != pytest.approx(found["points"][0]["magnitude"], rel=1e-3)
+        extra = both.number("rows", image) - traced.number("rows", image)
+        assert extra == 2 * len(drawn)
+    assert studio.run({"method": "none", "trace": "compare"}).number("rows") == studio.run({"method": "none"}).number(
+        "rows"
+    )  # nothing is adjusted, so there is nothing to compare
+
+
+def test_traces_are_saved_beside_the_pictures(studio: Studio, tmp_path: Path) -> None:
+    if not studio.is_real:
+        pytest.skip("the double saves no pictures")
+    options = {"samples_save": True, "outdir_txt2img_samples": str(tmp_path), "memnoise_save_traces": True}
+    with studio.options(options):
+        run = studio.run({"trace": "on"}, batch_size=2, save_images=True)
+        studio.run({}, save_images=True)
+    saved = sorted(path for path in tmp_path.rglob("*.png") if ".memnoise." not in path.name)
+    traces = sorted(tmp_path.rglob("*.memnoise.json"))
+    assert len(saved) == 3 and len(traces) == 2
+    for image, path in enumerate(traces):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert found["images"] == [trace_of(studio, run)[image]]
+        assert path.with_suffix("").with_suffix(".png") in saved
+        with Image.open(path.with_suffix(".png")) as plot:
+            assert plot.width > 300
+
+
+@pytest.mark.parametrize("method", ["batch_wise", "none"])
+def test_no_guidance_is_said(studio: Studio, method: str) -> None:
+    run = studio.run({"method": method}, cfg_scale=1)
+    assert "the CFG scale 1 is no guidance" in (run.read("Memnoise note") or "")
+    assert "no guidance" not in (studio.run({"method": method}).read("Memnoise note") or "")
 
 
 @pytest.mark.parametrize("sampler", ["DDIM", "Euler"])
 def test_a_transition_point_is_the_first_minimum(studio: Studio, sampler: str) -> None:
     """Of several seeds some have one: where guidance starts follows from the traced curve."""
     payload = {"sampler_name": sampler, "batch_size": 4, "steps": 30, "prompt": "a fox AND snow :0.5"}
-    settings = {"method": "none", "guidance": "transition", "latest": 100, "trace": True}
+    settings = {"method": "none", "guidance": "transition", "latest": 100, "trace": "on"}
     run = studio.run(settings, **payload)
     for image, found in enumerate(trace_of(studio, run)):
         curve = [point["magnitude"] for point in found["points"] if not point["guided"]]

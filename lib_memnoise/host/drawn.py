@@ -1,0 +1,78 @@
+"""The trajectory of the noise as it was drawn, sampled for its trace alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from modules import rng, sd_samplers, shared
+from torch import Tensor
+
+from lib_memnoise.generation import ImageReport
+from lib_memnoise.guidance import Start
+from lib_memnoise.host.gate import GATE, Gate
+from lib_memnoise.host.handover import Answers
+from lib_memnoise.host.predictor import Predictor, raise_if_interrupted
+
+
+def trace_as_drawn(
+    p: Any,
+    x: Tensor,
+    c: Any,
+    uc: Any,
+    *,
+    predictor: Predictor,
+    starts: list[Start],
+    reference: str,
+    empty: Any,
+    reports: list[ImageReport],
+) -> None:
+    """Sample unadjusted noise with guidance held back as it will be for the adjusted one (Figures 3, 9, 10).
+
+    A sampler and random generators of its own: the picture's sampling finds everything as it would be. It follows
+    the checkpoint throughout, without a refiner. Its rows count as the image's.
+
+    Args:
+        x: the noise as drawn, `(B, C, H, W)`.
+        reports: take the trace (`drawn`) and the rows.
+
+    Raises:
+        Interrupted: the user asked to interrupt or skip.
+    """
+    images = [ImageReport() for _ in reports]
+    own = copy.copy(p)
+    own.refiner_checkpoint_info = None  # a switch would leave the refiner loaded for the picture
+    drawn = p.rng
+    own.rng = rng.ImageRNG(
+        drawn.shape,
+        drawn.seeds,
+        subseeds=drawn.subseeds,
+        subseed_strength=drawn.subseed_strength,
+        seed_resize_from_h=drawn.seed_resize_from_h,
+        seed_resize_from_w=drawn.seed_resize_from_w,
+    )
+    kept = getattr(rng, "nv_rng", None)
+    own.rng.next()
+    own.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
+    gate = Gate(
+        own,
+        own.sampler.model_wrap_cfg,
+        reports=images,
+        starts=starts,
+        tracing=True,
+        exact=False,
+        reference=reference,
+        empty=empty,
+        expected_t=predictor.step.t,
+        answers=Answers(),
+        fail_instead=True,
+    )
+    setattr(own.sampler.model_wrap_cfg, GATE, gate)
+    shared.state.textinfo = "Memnoise: sampling the noise as drawn"
+    try:
+        own.sampler.sample(own, x.clone(), c, uc, image_conditioning=predictor.image_cond)
+    finally:
+        rng.nv_rng = kept
+    raise_if_interrupted()
+    for report, image in zip(reports, images):
+        report.drawn, report.forward_rows = image.trace, report.forward_rows + image.forward_rows

@@ -1,0 +1,164 @@
+"""The accordion's buttons, and the plot of what a generation did.
+
+They read the tab's own controls, which the host makes before and after the accordion: what is asked for is collected
+as it is made, and connected when the last of it is there.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+from modules import call_queue, processing
+
+from lib_memnoise.calibration import BadCalibration, ordinary_prompts
+from lib_memnoise.host import scoring
+from lib_memnoise.host.predictor import Unsupported
+from lib_memnoise.host.traces import STORE
+from lib_memnoise.settings import INFOTEXT
+
+JS = "_js" if gr.__version__.startswith("3.") else "js"
+INPUTS = {
+    "prompt": "txt2img_prompt", "negative_prompt": "txt2img_neg_prompt", "styles": "txt2img_styles",
+    "seed": "txt2img_seed", "batch_size": "txt2img_batch_size", "width": "txt2img_width", "height": "txt2img_height",
+    "sampler_name": "txt2img_sampling", "scheduler": "txt2img_scheduler", "steps": "txt2img_steps",
+    "cfg_scale": "txt2img_cfg_scale",
+}  # fmt: skip
+"""What a score depends on, and the elements that hold it; a host may lack some."""
+LAST = "generation_info_txt2img"
+"""Made after all others. Changes with every generation; its text is what the API calls info."""
+
+
+class Page:
+    """One page's buttons and plot. Holds components, nothing of any generation."""
+
+    def __init__(self, script: Any) -> None:
+        self.inputs: dict[str, Any] = {}
+        for name, elem_id in INPUTS.items():
+            script.on_after_component(self._collector(name), elem_id=elem_id)
+        script.on_after_component(self.connect, elem_id=LAST)
+
+    def _collector(self, name: str) -> Callable[[Any], None]:
+        def collect(made: Any) -> None:
+            self.inputs[name] = made.component
+
+        return collect
+
+    def build(self, elem_id: Callable[[str], str]) -> None:
+        """The components, at the end of the accordion."""
+        with gr.Row():
+            self.check = gr.Button("Check prompt", elem_id=elem_id("check"))
+            self.calibrate = gr.Button("Calibrate checkpoint", elem_id=elem_id("calibrate"))
+        self.verdict = gr.HTML("", elem_id=elem_id("verdict"))
+        self.words = gr.HighlightedText(
+            label="Words that guidance follows most", visible=False, show_legend=False, elem_id=elem_id("words")
+        )
+        self.plot = gr.Plot(label="Magnitude along the trajectory", visible=False, elem_id=elem_id("plot"))
+        self.task = gr.Textbox(visible=False)
+        self.task.do_not_save_to_config = True
+
+    def connect(self, made: Any) -> None:
+        names, found = tuple(self.inputs), list(self.inputs.values())
+        for button, run in ((self.check, checked), (self.calibrate, calibrated)):
+            function = call_queue.wrap_gradio_gpu_call(answering(run, names), extra_outputs=[gr.update()])
+            button.click(
+                fn=function,
+                inputs=[self.task, *found],
+                outputs=[self.words, self.verdict],
+                show_progress=False,
+                **{JS: "memnoiseTask"},
+            )
+        made.component.change(
+            fn=plotted, inputs=[made.component], outputs=[self.plot], show_progress=False, queue=False
+        )
+
+
+Answer = tuple[list[tuple[str, float]], str]
+"""Words with their significance, and HTML."""
+
+
+def answering(run: Callable[[dict[str, Any]], Answer], names: Sequence[str]) -> Callable[..., list[Any]]:
+    """A button's function: its arguments by name, and one sentence where it cannot be done."""
+
+    def answer(task: Any, *values: Any) -> list[Any]:
+        try:
+            words, text = run(dict(zip(names, values)))
+        except (scoring.BadRequest, scoring.Stopped) as error:
+            words, text = [], failure(str(error))
+        except (Unsupported, BadCalibration) as error:
+            words, text = [], failure(f"memnoise: {error}.")
+        return [gr.update(value=words or None, visible=bool(words)), text]
+
+    return answer
+
+
+def failure(sentence: str) -> str:
+    return f"<div class='error'>{html.escape(sentence)}</div>"
+
+
+def checked(given: dict[str, Any]) -> Answer:
+    """Scores of the batch that Generate would make, as a table, and the words that they come from."""
+    count = int(given.pop("batch_size", 1))
+    first = int(processing.get_fixed_seed(given.pop("seed", -1)))
+    request = scoring.parse({**numbers(given), "seeds": [first + k for k in range(count)], "words": True})
+    answer = scoring.answer(request)
+    images = answer["images"]
+    significance = [sum(image["words"][k][1] for image in images) / count for k in range(len(images[0]["words"]))]
+    words = [(f"{word} ", size) for (word, _), size in zip(images[0]["words"], significance)]
+    return words, table(answer)
+
+
+def numbers(given: dict[str, Any]) -> dict[str, Any]:
+    """Sliders may give 512.0 for 512."""
+    return {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value for name, value in given.items()
+    }
+
+
+def table(answer: dict[str, Any]) -> str:
+    lines = ["<tr><th>Seed</th><th>Score</th><th>Percentile</th><th></th></tr>"]
+    for image in answer["images"]:
+        percentile = "" if image["percentile"] is None else f"{image['percentile']:.0f}"
+        kind = " class='memnoise-flagged'" if image["flagged"] else ""
+        lines.append(
+            f"<tr{kind}><td>{image['seed']}</td><td>{image['score']:.4g}</td><td>{percentile}</td>"
+            f"<td>{html.escape(image['verdict'])}</td></tr>"
+        )
+    rows = sum(image["rows"] for image in answer["images"])
+    notes = [f"Threshold {answer['threshold']:.4g}, first timestep {answer['timestep']:g}; {rows} network rows."]
+    notes += [f"{note[:1].upper()}{note[1:]}." for note in answer["notes"]]
+    said = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    return f"<table class='memnoise-scores'>{''.join(lines)}</table>{said}"
+
+
+def calibrated(given: dict[str, Any]) -> Answer:
+    """Calibrate the checkpoint at the tab's size, sampler and steps."""
+    wanted = ("width", "height", "sampler_name", "scheduler", "steps", "cfg_scale")
+    request = scoring.parse(
+        numbers({"prompts": ordinary_prompts(), **{name: given[name] for name in wanted if name in given}})
+    )
+    made = scoring.calibrate(request)
+    scores = made.scores
+    return [], (
+        f"<p>Calibrated at {request.width}x{request.height}, first timestep {made.key.timestep:g}: "
+        f"{len(scores)} ordinary prompts score {scores[0]:.4g} to {scores[-1]:.4g}, half of them above "
+        f"{made.median:.4g}. A score above {made.threshold(0.01):.4g} counts as memorised (1 % false positives).</p>"
+    )
+
+
+def plotted(info: str) -> Any:
+    """The plot of the generation whose info this is, if it was traced."""
+    try:
+        name = json.loads(info)["extra_generation_params"].get(f"{INFOTEXT} trace id")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        name = None
+    trace = STORE.get(name) if isinstance(name, str) else None
+    if trace is None:
+        return gr.update(value=None, visible=False)
+    from lib_memnoise import plots
+
+    drawn = plots.chart(trace)
+    return gr.update(value=drawn, visible=drawn is not None)
