@@ -121,6 +121,79 @@ def claims(arguments: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def request_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a WebUI is asked for: only what was given, so that its own defaults hold."""
+    names = ("width", "height", "sampler_name", "scheduler", "steps", "cfg_scale", "negative_prompt", "seeds", "words")
+    given = {name: getattr(arguments, name, None) for name in names}
+    return {name: value for name, value in given.items() if value not in (None, False)}
+
+
+def score(arguments: argparse.Namespace) -> None:
+    if arguments.url is None:
+        return score_miniature(arguments)
+    if not arguments.prompts:
+        raise OneSentence("a prompt is needed to ask a WebUI for its score.")
+    from lib_memnoise.client import WebUI
+
+    request = {"prompts": arguments.prompts, **request_of(arguments)}
+    answer = WebUI(arguments.url, arguments.auth).post("score", request)
+    if arguments.json:
+        print(json.dumps(answer, indent=2, ensure_ascii=False))
+        return
+    for image in answer["images"]:
+        percentile = "" if image["percentile"] is None else f", above {image['percentile']:.0f} % of ordinary prompts"
+        print(f"{image['score']:9.4f}  seed {image['seed']:<10}  {image['prompt']}")
+        print(f"           {image['verdict']}{percentile}")
+        for word, size in sorted(image.get("words", []), key=lambda pair: -pair[1]):
+            print(f"           {size:5.2f}  {word}")
+    print(f"threshold {answer['threshold']:.4g}, first timestep {answer['timestep']:g}")
+    for note in answer["notes"]:
+        print(f"note: {note}")
+
+
+def score_miniature(arguments: argparse.Namespace) -> None:
+    """Without a WebUI: the miniature's scores of prompts, or how well its scores tell what it memorised."""
+    import torch
+    from tqdm import tqdm
+
+    from lib_memnoise.lab.detection import Plan, detect, documents, report
+    from lib_memnoise.miniature.model import load_miniature
+
+    torch.set_num_threads(arguments.threads)
+    model = load_miniature(arguments.variant)
+    seed = (arguments.seeds or [1])[0]
+    if arguments.prompts:
+        from lib_memnoise.lab.claims import scores
+        from lib_memnoise.lab.comparison import own_subjects
+
+        found = scores(model, own_subjects(arguments.prompts), arguments.noises, seed)
+        records = [{"prompt": text, "scores": row.tolist()} for text, row in zip(arguments.prompts, found)]
+        if arguments.json:
+            print(json.dumps(records, indent=2, ensure_ascii=False))
+        else:
+            for record in records:
+                print(f"{sum(record['scores']) / len(record['scores']):9.4f}  {record['prompt']}")
+        return
+    plan = Plan(images=arguments.images, ordinary=arguments.ordinary)
+    with tqdm(total=plan.total, unit="score", leave=False) as bar:
+        lines = detect(model, plan, seed=seed, progress=bar.update)
+    print(json.dumps(documents(lines), indent=2) if arguments.json else report(lines, plan))
+
+
+def calibrate(arguments: argparse.Namespace) -> None:
+    from lib_memnoise.client import WebUI
+
+    made = WebUI(arguments.url, arguments.auth).post("calibrate", request_of(arguments))
+    if arguments.json:
+        print(json.dumps(made, indent=2))
+    else:
+        print(
+            f"{made['count']} ordinary prompts at {made['width']}x{made['height']}, first timestep {made['timestep']}: "
+            f"{made['lowest']:.4g} to {made['highest']:.4g}, median {made['median']:.4g}; "
+            f"threshold {made['threshold']:.4g} (1 % false positives)"
+        )
+
+
 def miniature_train(arguments: argparse.Namespace) -> None:
     from lib_memnoise.miniature.train import export, train
 
@@ -196,6 +269,40 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=seeds, default=1, help="of the first image (default: 1)")
     command.add_argument("--threads", **threads)
     command.add_argument("--json", action="store_true", help="print points and claims as JSON")
+
+    def webui(command: Parser, *, required: bool) -> None:
+        command.add_argument("--url", required=required, help="of a WebUI with memnoise, run with --api")
+        command.add_argument("--auth", metavar="USER:PASSWORD", help="where it runs with --api-auth")
+        for name in ("width", "height"):
+            command.add_argument(f"--{name}", type=whole_number(64, 2048), help="in pixels")
+        command.add_argument("--sampler", dest="sampler_name", metavar="NAME", help="as the WebUI names it")
+        command.add_argument("--scheduler", metavar="NAME", help="schedule type")
+        command.add_argument("--steps", type=whole_number(1, 150), help="of the sampler")
+        command.add_argument("--cfg", dest="cfg_scale", type=float, metavar="SCALE", help="CFG scale")
+        command.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+    command = add(
+        commands,
+        "score",
+        score,
+        "score prompts without generating: in a WebUI, or on the miniature; "
+        "without prompts, measure how well the miniature's scores tell memorised prompts from ordinary ones",
+    )
+    command.add_argument("prompts", nargs="*", metavar="PROMPT")
+    webui(command, required=False)
+    command.add_argument("--negative", dest="negative_prompt", metavar="PROMPT", help="negative prompt")
+    command.add_argument("--seed", dest="seeds", action="append", type=seeds, help="may be repeated (WebUI: random)")
+    command.add_argument("--words", action="store_true", help="WebUI: also how much each word has to do with it")
+    command.add_argument("--noises", type=counts, default=8, help="miniature: averaged over so many (default: 8)")
+    command.add_argument("--images", type=counts, default=16, help="of each memorised prompt (default: 16)")
+    command.add_argument("--ordinary", type=whole_number(20, 100_000), default=500, help="(default: 500)")
+    command.add_argument("--variant", choices=("eps", "v"), default="eps", help="of the miniature (default: eps)")
+    command.add_argument("--threads", **threads)
+
+    command = add(
+        commands, "calibrate", calibrate, "have a WebUI score ordinary prompts on its checkpoint and keep that"
+    )
+    webui(command, required=True)
 
     text = "the miniature model"
     miniature = commands.add_parser("miniature", help=text, description=text)

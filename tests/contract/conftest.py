@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import browser
 from tests.hosts import webui
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -40,6 +41,17 @@ def open_host(kind: str, tmp_path_factory: pytest.TempPathFactory, **kwargs: Any
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with open_host(request.param, tmp_path_factory) as host:
         yield host
+
+
+@pytest.fixture(scope="module")
+def address(running: Any) -> Iterator[str]:
+    """Where the host answers other programs."""
+    if running.name == "double":
+        pytest.importorskip("uvicorn")
+        with browser.served(running.app) as url:
+            yield url
+    else:
+        yield running.url
 
 
 @dataclass

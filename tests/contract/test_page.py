@@ -39,16 +39,6 @@ def chromium() -> Iterator[Any]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def address(running: Any) -> Iterator[str]:
-    if running.name == "double":
-        pytest.importorskip("uvicorn")
-        with browser.served(running.app) as url:
-            yield url
-    else:
-        yield running.url
-
-
 @pytest.fixture
 def page(chromium: Any, running: Any, address: str) -> Iterator[HostPage]:
     opened = HostPage(chromium, address, is_real=running.name != "double")

@@ -1,0 +1,61 @@
+"""A running WebUI with memnoise, over HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import requests
+
+from lib_memnoise.miniature import OneSentence
+
+PATIENCE = 10.0, 24 * 3600.0
+"""Seconds to connect, and to wait for an answer: the WebUI may be busy with other people's pictures."""
+
+
+class WebUIError(OneSentence):
+    """What the WebUI did not do, and why."""
+
+
+class WebUI:
+    """memnoise's endpoints of the WebUI at `url`; `auth` is `user:password` where it runs with `--api-auth`."""
+
+    def __init__(self, url: str, auth: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._session = requests.Session()
+        if auth is not None:
+            user, _, password = auth.partition(":")
+            self._session.auth = (user, password)
+
+    def get(self, path: str) -> Any:
+        return self._call("GET", path, None)
+
+    def post(self, path: str, body: Any) -> Any:
+        return self._call("POST", path, body)
+
+    def _call(self, method: str, path: str, body: Any) -> Any:
+        """The answer's JSON from `/memnoise/v1/{path}`.
+
+        Raises:
+            WebUIError: it cannot be reached, is no WebUI with memnoise, or refuses; with the reason it gives.
+        """
+        try:
+            answer = self._session.request(method, f"{self.url}/memnoise/v1/{path}", json=body, timeout=PATIENCE)
+        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):
+            raise WebUIError(f"{self.url!r} is no address of a WebUI such as http://127.0.0.1:7860.") from None
+        except requests.exceptions.ConnectionError:
+            raise WebUIError(f"nothing answers at {self.url}; the WebUI must be running, with --api.") from None
+        except requests.exceptions.Timeout:
+            raise WebUIError(f"{self.url} did not answer in time.") from None
+        try:
+            content = answer.json()
+        except ValueError:
+            content = None
+        if answer.status_code == 401:
+            raise WebUIError(f"{self.url} wants a user and password; --auth USER:PASSWORD gives them.")
+        detail = content.get("detail") if isinstance(content, dict) else None
+        if answer.status_code == 404 and detail in (None, "Not Found"):
+            raise WebUIError(f"{self.url} has no memnoise; it must be a WebUI with this extension, run with --api.")
+        if answer.status_code != 200 or content is None:
+            reason = str(detail or answer.reason or answer.status_code).removeprefix("memnoise: ").rstrip(".")
+            raise WebUIError(f"{self.url} answered: {reason}.")
+        return content

@@ -1,0 +1,69 @@
+"""The command line against a running host."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from lib_memnoise.__main__ import main
+from tests.contract.conftest import Studio, open_host
+from tests.contract.test_scores import score
+
+GIVEN = ("--width", "64", "--height", "64", "--steps", "8", "--cfg", "6", "--sampler", "DDIM")
+
+
+def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    main(argv)
+    return capsys.readouterr().out
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    sentence = str(stopped.value.code)
+    assert sentence.startswith("memnoise: ") and sentence.endswith(".") and "\n" not in sentence
+    return sentence
+
+
+def test_score(studio: Studio, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("score", "a fox", "a cat", "--url", address, *GIVEN, "--seed", "7", "--seed", "8")
+    expected = score(studio, prompts=["a fox", "a cat"], seeds=[7, 8])
+    found = json.loads(said(capsys, *command, "--json"))
+    assert [image["seed"] for image in found["images"]] == [7, 8, 7, 8]
+    assert [image["score"] for image in found["images"]] == [image["score"] for image in expected["images"]]
+    text = said(capsys, *command, "--words")
+    assert all(f"{image['score']:.4f}" in text for image in expected["images"])
+    assert "1.00" in text and "threshold" in text
+
+
+def test_calibrate(studio: Studio, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    made = json.loads(said(capsys, "calibrate", "--url", address + "/", *GIVEN, "--json"))
+    assert made in studio.host.get("/memnoise/v1/calibrations").json()
+    assert f"threshold {made['threshold']:.4g}" in said(capsys, "calibrate", "--url", address, *GIVEN)
+    found = json.loads(said(capsys, "score", "a fox", "--url", address, *GIVEN, "--json"))
+    assert found["calibrated"] and found["threshold"] == made["threshold"]
+
+
+def test_refusals(studio: Studio, address: str) -> None:
+    assert "no address" in refusal("score", "a fox", "--url", "webui")
+    assert "nothing answers" in refusal("score", "a fox", "--url", "http://127.0.0.1:9")
+    assert "has no memnoise" in refusal("score", "a fox", "--url", f"{address}/elsewhere")
+    assert "sampler_name = 'Eule'" in refusal("score", "a fox", "--url", address, "--sampler", "Eule")
+    assert "a prompt is needed" in refusal("score", "--url", address)
+    assert "an empty prompt has no score" in refusal("score", "", "--url", address)
+
+
+def test_a_password(tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.browser import served
+
+    pytest.importorskip("uvicorn")
+    with (
+        open_host("double", tmp_path_factory, cmd_args=("--api-auth", "me:secret")) as host,
+        served(host.app) as url,
+    ):
+        command: tuple[Any, ...] = ("score", "a fox", "--url", url, *GIVEN, "--json")
+        assert "--auth USER:PASSWORD" in refusal(*command)
+        assert "--auth USER:PASSWORD" in refusal(*command, "--auth", "me:wrong")
+        assert len(json.loads(said(capsys, *command, "--auth", "me:secret"))["images"]) == 1

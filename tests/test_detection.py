@@ -1,0 +1,85 @@
+"""How well scores tell memorised prompts from ordinary ones."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from lib_memnoise.__main__ import main
+from lib_memnoise.lab import detection
+from lib_memnoise.lab.bench import FirstDelta, make_network, noises
+from lib_memnoise.lab.detection import MOST, Line, Plan, Scores, line, measured, report, true_positives
+from lib_memnoise.lab.study import seed_of, subjects
+from lib_memnoise.miniature.model import load_miniature
+from lib_memnoise.prediction import magnitude
+
+pytestmark = pytest.mark.usefixtures("threads")
+
+
+def normal(mean: float, subjects: int, images: int, seed: int) -> Scores:
+    values = mean + np.random.default_rng(seed).standard_normal((2, subjects, images, MOST))
+    return Scores(*values)
+
+
+def test_true_positives_at_a_rate() -> None:
+    ordinary = np.arange(1000.0)
+    # The ⌈1001 · 0.99⌉ = 991st smallest is 990.
+    assert true_positives(np.array([989.0, 990.0, 991.0, 2000.0]), ordinary) == 0.5
+    assert true_positives(ordinary + 1e6, ordinary) == 1.0
+    assert true_positives(ordinary, ordinary) == pytest.approx(0.01, abs=0.002)
+
+
+def test_a_line_on_scores_of_known_distribution() -> None:
+    """Normal scores 2 apart: AUC = Φ(2/√2); with 4 noises averaged Φ(4/√2), and TPR = Φ(2·√n − 2.326)."""
+    from scipy.stats import norm
+
+    memorised, ordinary, scale = (
+        normal(m, s, i, k) for k, (m, s, i) in enumerate(((2, 40, 50), (0, 2000, 1), (0, 500, 1)))
+    )
+    for count in (1, 4):
+        found = line("magnitude", count, memorised, ordinary, scale, Plan(resamples=200))
+        expected = norm.cdf(2 * count**0.5 / 2**0.5)
+        assert found.auc == pytest.approx(expected, abs=0.01)
+        assert found.true_positives == pytest.approx(norm.cdf(2 * count**0.5 - norm.ppf(0.99)), abs=0.08)
+        assert found.auc_low <= found.auc <= found.auc_high and found.low <= found.true_positives <= found.high
+        assert found.rows == 2 * count
+    both = line("both", 1, memorised, ordinary, scale, Plan(resamples=20))
+    assert both.auc == pytest.approx(norm.cdf(2.0), abs=0.01)  # two independent measures are worth two noises
+
+
+def test_measured_is_the_score() -> None:
+    model = load_miniature()
+    chosen = subjects(memorised=True, held_out=True)[:2]
+    found = measured(model, chosen, 1, 3, lambda done: None)
+    network = make_network(model, [chosen[1].caption] * MOST)
+    delta = FirstDelta(network, "DDIM")(noises([seed_of(1, i, 3) for i in range(MOST)]))
+    np.testing.assert_allclose(found.magnitude[1, 0], magnitude(delta).detach().numpy(), rtol=1e-4)
+    assert (abs(found.cosine) <= 1).all()
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detection, "DEVELOPMENT", 20)
+
+
+def test_the_score_tells_what_was_memorised(capsys: pytest.CaptureFixture[str]) -> None:
+    """Held-out prompts. The full table, with 500 ordinary prompts, is `python -m lib_memnoise score`."""
+    main(["score", "--images", "1", "--ordinary", "60", "--json", "--threads", "1"])
+    lines = [Line(**entry) for entry in json.loads(capsys.readouterr().out)]
+    of = {(entry.measure, entry.noises): entry for entry in lines}
+    assert of["magnitude", 1].auc >= 0.9 and of["magnitude", 1].caption_auc >= 0.97
+    assert of["magnitude", 8].auc >= of["magnitude", 1].auc - 0.01
+    text = report(lines, Plan(images=1, ordinary=60))
+    assert "60 held-out ordinary prompts" in text and len(text.splitlines()) > len(lines)
+
+
+def test_scores_of_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    caption = subjects(memorised=True, held_out=True)[0].caption
+    main(["score", caption, "a", "--noises", "2", "--json", "--threads", "1"])
+    memorised, other = json.loads(capsys.readouterr().out)
+    assert memorised["prompt"] == caption and len(memorised["scores"]) == 2
+    assert min(memorised["scores"]) > max(other["scores"])
+    main(["score", caption, "--noises", "2", "--threads", "1"])
+    assert f"{sum(memorised['scores']) / 2:.4f}  {caption}" in capsys.readouterr().out
