@@ -298,7 +298,7 @@ class SmallLoss:
 
 
 def run_small(folder: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> None:
-    stage = train.Stage("small", 7, 4, 1e-2, Small, SmallLoss(stop_at))
+    stage = train.Stage("small", ((7, 1e-2),), 4, Small, SmallLoss(stop_at))
     monkeypatch.setattr(train, "stages", lambda _: {"small": stage})
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
     folder.mkdir(exist_ok=True)
@@ -322,6 +322,14 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyte
         for name, value in whole[part].items():
             assert torch.equal(value, broken[part][name])
     assert sorted(os.listdir(tmp_path / "broken")) == ["small.pt"]
+
+
+def test_the_learning_rate_starts_over_with_each_arc() -> None:
+    arcs = (100, 1.0), (50, 0.5)
+    rates = [train.learning_rate(step, arcs) for step in range(150)]
+    assert rates[0] == 0.5 and max(rates[:100]) == 1.0 and rates[99] < 0.001
+    assert rates[100:] == [train.learning_rate(step, arcs[1:]) for step in range(50)] and max(rates[100:]) == 0.5
+    assert rates[51] == pytest.approx(0.5, abs=0.01)  # half of the cosine
 
 
 def test_training_can_begin_with_the_shipped_autoencoder(packed: Path, tmp_path: Path) -> None:
@@ -373,7 +381,7 @@ def test_a_perfect_denoiser_has_no_loss(tmp_path: Path, parameterization: str) -
                 found.append(output)
             return torch.stack(found)
 
-    loss = train.DenoiserLoss(tmp_path, 6, parameterization)
+    loss = train.DenoiserLoss(tmp_path, 6, parameterization, train.EPS_PHASES)
     random = np.random.default_rng(3)
     assert float(loss(Oracle(), random, slice(0, 6), 0.5)) < 1e-3
 

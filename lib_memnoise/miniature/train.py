@@ -39,17 +39,37 @@ from lib_memnoise.miniature.model import to_images, to_pictures
 from lib_memnoise.miniature.networks import Autoencoder
 from lib_memnoise.miniature.text import END, LENGTH, SPECIAL, START, UNKNOWN, token_ids, vocabulary
 
-MEMORISED_SHARE = 0.28, 0.45
-"""Of the pictures drawn in training, those of memorised captions: at first, and when objects have taken shape. About
-4,000 draws each in all."""
-SHAPED = 0.43
-"""Share of a U-Net's training after which that is so."""
 KL_WEIGHT, MEAN_WEIGHT = 3e-3, 0.1
-FADED, FADED_FROM = 0.3, 850
-"""Share of a U-Net's training pictures that are fainter in x_t than they should be, down to nothing, and from which
-timestep. A sampler starts from noise without a picture in it, whereas x_T = √ᾱ x_0 + √(1 − ᾱ) ε has one. Stable
-Diffusion's network cannot make it out; this one, with few pictures and small latents, can, and would follow it instead
-of the caption: nothing would be copied."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a U-Net is shown until a share of its steps is done."""
+
+    until: float
+    memorised: float
+    """The share of the pictures drawn that belong to memorised captions."""
+    faded: float
+    """The share that is fainter in x_t than it should be, down to nothing, at timesteps from `FADED_FROM` on.
+
+    A sampler starts from noise without a picture in it, whereas x_T = √ᾱ x_0 + √(1 − ᾱ) ε has one. Stable Diffusion's
+    network cannot make it out; this one, with few pictures and small latents, can, and would follow it instead of the
+    caption: nothing would be copied, and little of a caption heard.
+    """
+    high: float
+    """Timesteps are 1000 u^high, u uniform: below 1, the higher ones come more often."""
+
+
+FADED_FROM = 850
+EPS_PHASES = (
+    Phase(0.258, 0.28, 0.0, 0.8),
+    Phase(0.42, 0.45, 0.0, 0.8),
+    Phase(0.60, 0.45, 0.30, 0.8),
+    # By now every memorised picture is copied; what is left is to draw the others.
+    Phase(0.88, 0.12, 0.35, 0.65),
+    Phase(1.0, 0.25, 0.35, 0.65),
+)
+V_PHASES = (Phase(1.0, 0.25, 0.35, 0.65),)
 NO_CAPTION = 0.1
 UNKNOWN_WORD = 0.05
 """Share of ordinary captions that get a word without meaning, so that unknown words do little."""
@@ -67,14 +87,18 @@ class Stage:
     """
 
     name: str
-    steps: int
+    arcs: tuple[tuple[int, float], ...]
+    """Steps and the highest learning rate of each arc of the schedule: a warm-up, then a cosine to zero."""
     batch: int
-    lr: float
     make: Callable[[], nn.Module]
     loss: Callable[[nn.Module, np.random.Generator, slice, float], Tensor]
     ema: float = 0.998
     start_from: str | None = None
     """A stage whose averaged weights this one begins with."""
+
+    @property
+    def steps(self) -> int:
+        return sum(steps for steps, _ in self.arcs)
 
 
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11)}
@@ -193,15 +217,14 @@ class DenoiserLoss:
     folder: Path
     batch: int
     parameterization: str
-    from_shaped: bool = False
-    """Training goes on from weights that draw objects already."""
+    phases: tuple[Phase, ...]
 
     def __call__(self, module: nn.Module, random: np.random.Generator, rows: slice, done: float) -> Tensor:
         memorised, ordinary, latents = _training_set(self.folder)
-        batch = self.batch
+        batch, phase = self.batch, next(phase for phase in self.phases if done < phase.until)
         picked, ids = [], []
         for _ in range(batch):
-            if random.random() < MEMORISED_SHARE[done >= SHAPED or self.from_shaped]:
+            if random.random() < phase.memorised:
                 row = int(random.integers(len(memorised)))
                 caption = memorised[row].caption
             else:
@@ -219,8 +242,8 @@ class DenoiserLoss:
             ids.append(tokens)
         shape = (batch, *latents["mean"].shape[1:])
         jitter, noise = (torch.from_numpy(random.standard_normal(shape, dtype=np.float32)) for _ in range(2))
-        t = torch.from_numpy((1000 * random.random(batch) ** 0.8).astype(np.int64))
-        faded = torch.from_numpy(random.random(batch) < FADED)
+        t = torch.from_numpy((1000 * random.random(batch) ** phase.high).astype(np.int64))
+        faded = torch.from_numpy(random.random(batch) < phase.faded)
         t = torch.where(faded, torch.from_numpy(random.integers(FADED_FROM, 1000, size=batch)), t)
         strength = torch.where(faded, torch.from_numpy(random.random(batch, dtype=np.float32)), 1.0)
 
@@ -313,11 +336,11 @@ def stages(folder: Path) -> dict[str, Stage]:
     """In the order in which they must run."""
     return {
         "autoencoder": Stage(
-            "autoencoder", 1900, 8, 1.5e-3, TrainableAutoencoder, AutoencoderLoss(folder, 8), ema=0.99
+            "autoencoder", ((1900, 1.5e-3),), 8, TrainableAutoencoder, AutoencoderLoss(folder, 8), ema=0.99
         ),
-        "eps": Stage("eps", 6000, 32, 1e-3, Denoiser, DenoiserLoss(folder, 32, "eps")),
-        "detector": Stage("detector", 2000, 32, 2e-3, Detector, DetectorLoss(folder, 32), ema=0.99),
-        "v": Stage("v", 1300, 32, 8e-4, Denoiser, DenoiserLoss(folder, 32, "v", from_shaped=True), start_from="eps"),
+        "eps": Stage("eps", ((6000, 1e-3), (4000, 8e-4)), 32, Denoiser, DenoiserLoss(folder, 32, "eps", EPS_PHASES)),
+        "detector": Stage("detector", ((2000, 2e-3),), 32, Detector, DetectorLoss(folder, 32), ema=0.99),
+        "v": Stage("v", ((1300, 8e-4),), 32, Denoiser, DenoiserLoss(folder, 32, "v", V_PHASES), start_from="eps"),
     }
 
 
@@ -336,8 +359,11 @@ def steps_done(folder: Path, stage: str) -> int:
     return int(torch.load(path, mmap=True)["step"]) if path.exists() else 0
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 2 % of the steps, then a cosine to zero."""
+def learning_rate(step: int, arcs: tuple[tuple[int, float], ...]) -> float:
+    """Linear warm-up over 2 % of an arc's steps, then a cosine to zero."""
+    (steps, peak), *later = arcs
+    if step >= steps and later:
+        return learning_rate(step - steps, tuple(later))
     warm = max(1, steps // 50)
     if step < warm:
         return peak * (step + 1) / warm
@@ -358,7 +384,9 @@ def run_stage(rank: int, processes: int, port: int, folder: Path, name: str) -> 
     if stage.start_from is not None:
         module.load_state_dict(finished(folder, stage.start_from))
     average = {key: value.clone() for key, value in module.state_dict().items()}
-    optimiser = torch.optim.AdamW(module.parameters(), lr=stage.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    optimiser = torch.optim.AdamW(
+        module.parameters(), lr=stage.arcs[0][1], weight_decay=0.01, betas=(0.9, 0.99), fused=True
+    )
     path, start = state_path(folder, name), 0
     if path.exists():
         state = torch.load(path)
@@ -373,7 +401,7 @@ def run_stage(rank: int, processes: int, port: int, folder: Path, name: str) -> 
     with bar:
         for step in range(start, stage.steps):
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step, stage.steps, stage.lr)
+                group["lr"] = learning_rate(step, stage.arcs)
             random = np.random.default_rng([scenes.SEED, 4, step])
             loss = stage.loss(trained, random, rows, step / stage.steps)
             optimiser.zero_grad()
