@@ -145,6 +145,27 @@ def test_rows_per_sample(model: Miniature, sampler: str, calls: int) -> None:
     assert (found.after < 0.5 * found.before).all()
 
 
+def test_guidance_starts_at_each_images_own_transition_point(model: Miniature) -> None:
+    """Where that is follows from the curve that the same image has with guidance off all the way."""
+    waiting = Settings(enabled=True, preset="sd1", method="none", guidance="transition", latest=400)
+    free = generate(model, Settings(enabled=True, preset="sd1", method="none", guidance="tau", tau=0), looking=True)
+    found = generate(model, waiting, looking=True)
+    for image in range(2):
+        curve = [(t, float(size[image])) for t, size in free.trace]
+        falls = [a > b < c for (_, a), (_, b), (_, c) in zip(curve, curve[1:], curve[2:])]
+        minimum = falls.index(True) + 2 if True in falls else len(curve)  # the step that shows it
+        first_on = min(minimum, next(k for k, (t, _) in enumerate(curve) if t <= 400))
+        torch.testing.assert_close(
+            torch.stack([size[image] for _, size in found.trace[: first_on + 1]]),
+            torch.stack([size[image] for _, size in free.trace[: first_on + 1]]),
+            rtol=1e-3,
+            atol=1e-3,
+        )
+        after = first_on + 1
+        assert not torch.isclose(found.trace[after][1][image], free.trace[after][1][image], rtol=1e-3)
+        assert found.forward[image] == 2 * len(curve)  # hearing the prompt costs the row that guidance off saves
+
+
 def test_looking_changes_nothing(model: Miniature) -> None:
     plain, looked = (generate(model, comparison.COMPARED["batch-wise"], steps=10, looking=k) for k in (False, True))
     torch.testing.assert_close(plain.latents, looked.latents)

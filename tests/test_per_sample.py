@@ -147,3 +147,34 @@ def test_half_precision_network_keeps_a_float32_latent() -> None:
     assert result.x.dtype is torch.float32 and result.reached.all()
     # weight decay acts on every element, by less than bfloat16 could hold
     assert not torch.equal(result.x, result.x.bfloat16().float())
+
+
+def test_half_precision_unet() -> None:
+    """A real U-Net in float16: gradients survive where those of single elements are below its smallest numbers."""
+    from lib_memnoise.lab.study import subjects
+    from lib_memnoise.miniature.model import load_miniature
+
+    model = load_miniature()
+    caption = subjects(memorised=True, held_out=False)[0].caption
+    context = torch.cat([model.encode([caption]), model.encode([""])])
+    x = noise(1, 16)
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        unet = model.unet.to(dtype)
+
+        def delta(z: torch.Tensor, unet: torch.nn.Module = unet, dtype: torch.dtype = dtype) -> torch.Tensor:
+            t = torch.full((2 * len(z),), 981.0, dtype=dtype)
+            cond, uncond = unet(torch.cat([z, z]).to(dtype), t, context.to(dtype)).chunk(2)
+            return cond - uncond
+
+        try:
+            found[dtype] = adjust(x, delta, lr=0.02, target=lambda before: 0.5 * before, max_steps=60)
+        except RuntimeError as error:
+            if "not implemented for 'Half'" not in str(error):
+                raise
+            pytest.skip("this torch has no float16 on the processor")
+    whole, half = found[torch.float32], found[torch.float16]
+    assert half.x.dtype is torch.float32 and half.reached.all()
+    assert abs(int(half.steps) - int(whole.steps)) <= 1
+    moved, expected = (half.x - x).flatten(), (whole.x - x).flatten()
+    assert torch.cosine_similarity(moved, expected, dim=0) > 0.98

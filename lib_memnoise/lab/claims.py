@@ -6,7 +6,7 @@ Intervals are 95 % percentile bootstrap intervals over the captions: images of o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,12 @@ from lib_memnoise.settings import Settings
 TAUS = (960.0, 940.0, 920.0, 900.0, 880.0, 860.0, 820.0, 780.0, 740.0)
 NONE = Settings(enabled=False)
 BATCH_WISE = Settings(enabled=True, preset="sd1")
+AUTOMATIC = {
+    "automatic tau": Settings(enabled=True, preset="sd1", method="none", guidance="transition"),
+    "batch-wise, automatic tau": replace(BATCH_WISE, guidance="transition"),
+}
+"""Guidance from each image's own transition point on."""
+HALF = replace(PER_SAMPLE, target=0.5)
 RESAMPLES = 2000
 
 Values = NDArray[np.float64]
@@ -157,7 +163,7 @@ class Plan:
     def total(self) -> int:
         """Images in all."""
         memorised, controls = (len(subjects(memorised=kind, held_out=True)) for kind in (True, False))
-        return memorised * self.images * (5 + len(self.taus)) + controls * self.controls + ORDINARY
+        return memorised * self.images * (5 + len(AUTOMATIC) + len(self.taus)) + controls * self.controls + ORDINARY
 
 
 SHORT = Plan(images=3, taus=(940.0, 900.0, 840.0), controls=1)
@@ -201,6 +207,8 @@ def measure(
     curve = {tau: point(f"static tau {tau:g}", static(tau)) for tau in plan.taus}
     batch_wise = point("batch-wise", BATCH_WISE)
     per_sample = point("per-sample", PER_SAMPLE)
+    for name, settings in AUTOMATIC.items():
+        point(name, settings)
     random = displaced(chosen, plan.images, seed, batch_wise.noise)
     tau = BATCH_WISE.resolved("sd1").tau
     assert tau is not None

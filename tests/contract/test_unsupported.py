@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.contract.conftest import Studio, open_host
+from tests.contract.conftest import HOSTS, Studio, open_host
 
 
 @pytest.mark.parametrize("method", ["batch_wise", "per_sample"])
@@ -26,6 +26,21 @@ def test_gradients_with_lowvram(tmp_path_factory: pytest.TempPathFactory) -> Non
         studio = Studio(host)
         assert "--lowvram" in (studio.run({"method": "per_sample"}).read("Memnoise failed") or "")
         assert studio.run({}).read("Memnoise failed") is None
+
+
+def test_medvram_changes_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Modules that are moved in and out, as --medvram does, give the same gradient."""
+    pictures = {}
+    for args in ((), ("--medvram",)):
+        kind = HOSTS[-1]
+        given = {"extra_args" if kind == "webui" else "cmd_args": args}
+        with open_host(kind, tmp_path_factory, **given) as host:
+            settings = {"method": "per_sample", "target": 0.8, "target_kind": "fraction"}
+            run = Studio(host).run(settings, batch_size=2)
+            assert run.read("Memnoise failed") is None and run.number("backward rows") > 0
+            pictures[args] = run.pictures
+    plain, moved = pictures.values()
+    assert all(np.array_equal(a, b) for a, b in zip(plain, moved))
 
 
 def test_schema_respects_the_apis_password(tmp_path_factory: pytest.TempPathFactory) -> None:
