@@ -61,13 +61,15 @@ class Phase:
 
 
 FADED_FROM = 850
+EPS_ARCS = (6000, 1e-3), (4000, 8e-4), (2000, 1e-3)
 EPS_PHASES = (
-    Phase(0.258, 0.28, 0.0, 0.8),
-    Phase(0.42, 0.45, 0.0, 0.8),
-    Phase(0.60, 0.45, 0.30, 0.8),
+    Phase(2580 / 12_000, 0.28, 0.0, 0.8),
+    Phase(4200 / 12_000, 0.45, 0.0, 0.8),
+    Phase(6000 / 12_000, 0.45, 0.30, 0.8),
     # By now every memorised picture is copied; what is left is to draw the others.
-    Phase(0.88, 0.12, 0.35, 0.65),
-    Phase(1.0, 0.25, 0.35, 0.65),
+    Phase(8800 / 12_000, 0.12, 0.35, 0.65),
+    Phase(10_000 / 12_000, 0.25, 0.35, 0.65),
+    Phase(1.0, 0.15, 0.35, 0.65),
 )
 V_PHASES = (Phase(1.0, 0.25, 0.35, 0.65),)
 NO_CAPTION = 0.1
@@ -338,7 +340,7 @@ def stages(folder: Path) -> dict[str, Stage]:
         "autoencoder": Stage(
             "autoencoder", ((1900, 1.5e-3),), 8, TrainableAutoencoder, AutoencoderLoss(folder, 8), ema=0.99
         ),
-        "eps": Stage("eps", ((6000, 1e-3), (4000, 8e-4)), 32, Denoiser, DenoiserLoss(folder, 32, "eps", EPS_PHASES)),
+        "eps": Stage("eps", EPS_ARCS, 32, Denoiser, DenoiserLoss(folder, 32, "eps", EPS_PHASES)),
         "detector": Stage("detector", ((2000, 2e-3),), 32, Detector, DetectorLoss(folder, 32), ema=0.99),
         "v": Stage("v", ((1300, 8e-4),), 32, Denoiser, DenoiserLoss(folder, 32, "v", V_PHASES), start_from="eps"),
     }
