@@ -41,8 +41,15 @@ class Start:
     tau: float = ALWAYS
     """The latest timestep at which it starts, and where there is no transition to wait for, the only one."""
     at_transition: bool = False
+    opposite: float = 0.0
+    """s of opposite guidance until then."""
     curve: list[tuple[float, float]] = field(default_factory=list)
     """Timestep and ‖Δ‖ of each step so far."""
+
+    @property
+    def hears(self) -> bool:
+        """Whether the prompt is evaluated also while guidance is off."""
+        return self.at_transition or self.opposite > 0
 
     def observe(self, timestep: float, magnitude: float) -> None:
         """‖Δ(x_t, t)‖, seen before it is decided how this step goes on."""
@@ -58,8 +65,8 @@ class Start:
 def make_start(settings: Settings) -> Start:
     """The start of guidance that resolved settings ask for."""
     if settings.start == "transition":
-        return Start(settings.latest, at_transition=True)
+        return Start(settings.latest, at_transition=True, opposite=settings.opposite)
     if settings.start == "tau":
         assert settings.tau is not None
-        return Start(settings.tau)
+        return Start(settings.tau, opposite=settings.opposite)
     return Start()

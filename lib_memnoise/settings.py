@@ -33,8 +33,8 @@ class Spec:
     """Accepted values and what people see for them."""
     methods: tuple[str, ...] = ()
     """The methods that use it; empty: all."""
-    only: tuple[str, str] | None = None
-    """A setting and the value that it must take for this one to be used."""
+    only: tuple[str, ...] | None = None
+    """A setting and the values of which it must take one for this one to be used."""
     preset: bool = False
     """A preset supplies it where it is not given."""
     advanced: bool = False
@@ -168,6 +168,17 @@ class Settings:
         only=("guidance", "transition"),
         help="Guidance starts at the first local minimum of the image's ‖Δ‖, or here. Costs a network row an image in "
         "each step before.",
+    )
+    opposite: float = _setting(
+        0.0,
+        label="Opposite guidance s",
+        low=0,
+        high=20,
+        step=0.5,
+        only=("guidance", "tau", "transition"),
+        advanced=True,
+        help="Until guidance starts, go away from the prompt: ε_uncond − s·Δ. 0: the unconditional prediction alone. "
+        "Costs a network row an image in each step before.",
     )
     lr: float | None = _setting(
         None,
@@ -380,7 +391,7 @@ def is_used(name: str, values: Mapping[str, Any]) -> bool:
     spec = SPECS[name]
     if spec.methods and effective("method", values) not in spec.methods:
         return False
-    return spec.only is None or effective(spec.only[0], values) == spec.only[1]
+    return spec.only is None or effective(spec.only[0], values) in spec.only[1:]
 
 
 def deciders(name: str) -> tuple[str, ...]:
@@ -397,8 +408,8 @@ def misplaced(name: str, values: Mapping[str, Any]) -> str:
     if spec.methods and method not in spec.methods:
         return f"belongs to the method {' and '.join(spec.methods)}, but the method is {method}."
     assert spec.only is not None
-    other, wanted = spec.only
-    return f"is used only where {other} is {wanted}, but it is {effective(other, values)}."
+    other, *wanted = spec.only
+    return f"is used only where {other} is {' or '.join(wanted)}, but it is {effective(other, values)}."
 
 
 def requirement(name: str) -> str:
@@ -539,7 +550,7 @@ def json_schema() -> dict[str, Any]:
         if spec.methods:
             entry["x-methods"] = list(spec.methods)
         if spec.only is not None:
-            entry["x-only"] = {spec.only[0]: spec.only[1]}
+            entry["x-only"] = {spec.only[0]: list(spec.only[1:])}
         entry["x-infotext"] = infotext_key(name)
         properties[name] = entry
     return {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lib_memnoise.guidance import Start
 from lib_memnoise.lab import bench, claims, comparison, study
 from lib_memnoise.lab.page import page
 from lib_memnoise.lab.samplers import SAMPLERS
@@ -143,6 +144,20 @@ def test_rows_per_sample(model: Miniature, sampler: str, calls: int) -> None:
     assert torch.equal(found.forward, 2 * calls + 2 * steps)
     assert torch.equal(found.backward, 2 * steps)
     assert (found.after < 0.5 * found.before).all()
+
+
+def test_opposite_guidance_goes_away_from_the_prompt(model: Miniature) -> None:
+    x, t = bench.noises([1, 2]), 981.0
+    network = bench.make_network(model, CAPTIONS)
+    starts = [Start(900.0, opposite=3.0), Start(900.0)]
+    with torch.no_grad():
+        found = bench.Guided(network, starts)(x, t)
+        assert network.forward.tolist() == [2, 1]
+        delta, unconditional = network.delta(x, t)
+    torch.testing.assert_close(found, unconditional - torch.tensor([3.0, 0.0])[:, None, None, None] * delta)
+    with torch.no_grad():
+        guided = bench.Guided(network, starts)(x, 881.0)
+    torch.testing.assert_close(guided, bench.Guided(network, [Start(), Start()])(x, 881.0))
 
 
 def test_guidance_starts_at_each_images_own_transition_point(model: Miniature) -> None:

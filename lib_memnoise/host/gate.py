@@ -30,8 +30,8 @@ class Gate:
     then answers for the network. Rows with guidance on are passed through untouched. Of an image with guidance
     off, only the unconditional prediction is evaluated, once, and given for all of its rows; the host's own
     combination ε_u + w Σ w_k (ε_u − ε_u) is then ε_u exactly, also with AND, CFG++, unequal lengths and where
-    the host itself leaves the unconditional rows out (NGMS). Where ‖Δ‖ decides, or is traced, the image's prompts
-    are evaluated beside it.
+    the host itself leaves the unconditional rows out (NGMS). Where ‖Δ‖ decides, or is traced, or with opposite
+    guidance, the image's prompts are evaluated beside it.
     """
 
     def __init__(
@@ -79,6 +79,8 @@ class Gate:
         self._given: dict[int, Tensor] = {}
         """Outputs of rows that need not be asked for."""
         self._native: dict[int, Tensor] = {}
+        self._scale: float | None = None
+        """The CFG scale with which the host combines this step's rows; None where it leaves the unconditional out."""
         self._latents: Any = None
         self._image_cond: Any = None
         self._cond: Cond = None
@@ -137,7 +139,21 @@ class Gate:
         self._latents = params.x[-batch:]
         self._image_cond = params.image_cond
         self._cond, self._uncond = self._conditions(denoiser, params, batch)
+        self._scale = None if self._skips_unconditional(denoiser, params.sigma) else self._cfg_scale(denoiser)
+        if self._scale == 0 and any(self.starts[i].opposite for i in off):
+            raise RuntimeError("opposite guidance needs a CFG scale other than 0")
         self._off = off
+
+    def _cfg_scale(self, denoiser: Any) -> float:
+        return float(self.p.cfg_scale) * getattr(denoiser, "cond_scale_miltiplier", 1.0)
+
+    def _skips_unconditional(self, denoiser: Any, sigma: Tensor) -> bool:
+        """Whether the host leaves the unconditional rows out of this step ("skip early CFG", NGMS)."""
+        early, floor = getattr(shared.opts, "skip_early_cond", 0.0), getattr(self.p, "s_min_uncond", 0.0)
+        if early != 0 and denoiser.step / denoiser.total_steps <= early:
+            return True
+        every = getattr(shared.opts, "s_min_uncond_all", False)
+        return bool((denoiser.step % 2 or every) and floor > 0 and sigma[0] < floor)
 
     def _conditions(self, denoiser: Any, params: Any, batch: int) -> tuple[Cond, Cond]:
         """The prompts as the host evaluates them, and what is followed while guidance is off."""
@@ -200,7 +216,7 @@ class Gate:
 
     def _decide(self, images: list[int], sigma: Tensor) -> None:
         """Evaluate what images without guidance are given, and see whether it starts in this very step."""
-        watched = [image for image in images if self.tracing or self.starts[image].at_transition]
+        watched = [image for image in images if self.tracing or self.starts[image].hears]
         prompts = [row for image in watched for row in self._rows_of(image)[0]]
         unconditional = conditioning(
             select_rows(self._uncond, images),
@@ -239,12 +255,26 @@ class Gate:
                 self._record(image, value, guided, follows_negative(self.p, self.reference))
             if not guided:
                 self._given.update((row, out[k]) for row in [*own, last])
+                if start.opposite:
+                    self._given.update(zip(own, self._opposite(image, outs[at], out[k])))
                 continue
             self.reports[image].transition = transition_point(start.curve)
             self._off.discard(image)
             self._given.update(zip(own, outs[at]))
             if follows_negative(self.p, self.reference):
                 self._given[last] = out[k]
+
+    def _opposite(self, image: int, prompts: Tensor, unconditional: Tensor) -> list[Tensor]:
+        """What the rows of an image's prompts must be for the host to follow ε_u − s Σ w_k (ε_k − ε_u).
+
+        Outputs may be denoised images as well as noise: these are linear in one another.
+        """
+        s, differences = self.starts[image].opposite, prompts - unconditional
+        if self._scale is not None:  # the host has ε_u + w Σ w_k (row_k − ε_u)
+            return list(unconditional - s / self._scale * differences)
+        # Here the first row stands for the unconditional one, so that they must be what is wanted themselves.
+        weights = differences.new_tensor(self._weights[image]).reshape(-1, 1, 1, 1)
+        return [unconditional - s * (weights * differences).sum(0)] * len(prompts)
 
     def _trace_guided(self) -> None:
         """Trace the images all of whose rows have been evaluated; costs nothing."""

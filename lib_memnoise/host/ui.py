@@ -47,7 +47,7 @@ def classes(name: str) -> list[str]:
     if spec.methods:
         found += ["memnoise-part", *(f"memnoise-{method}" for method in spec.methods)]
     if spec.only is not None:
-        found += ["memnoise-only", f"memnoise-only-{spec.only[0]}-{spec.only[1]}"]
+        found += ["memnoise-only", *(f"memnoise-only-{spec.only[0]}-{value}" for value in spec.only[1:])]
     return found
 
 

@@ -136,7 +136,7 @@ class Guided:
     def __call__(self, x: Tensor, t: float) -> Tensor:
         images = range(len(self.starts))
         off = [i for i in images if self.starts[i].is_off(t)]
-        unheard = [i for i in off if not self.starts[i].at_transition]
+        unheard = [i for i in off if not self.starts[i].hears]
         heard = [i for i in images if i not in unheard]
         prediction, size = torch.empty_like(x), x.new_zeros(len(x))
         if heard:
@@ -146,7 +146,11 @@ class Guided:
             for k, i in enumerate(heard):
                 if i in off:
                     self.starts[i].observe(t, float(size[i]))
-                prediction[i] = (unconditional if self.starts[i].is_off(t) else guided)[k]
+                if self.starts[i].is_off(t):
+                    # ε_θ(x_t, t, y_null) − s · ε̃(x_t, t, y) (opposite guidance, Jain et al. 2025); s = 0: off.
+                    prediction[i] = unconditional[k] - self.starts[i].opposite * delta[k]
+                else:
+                    prediction[i] = guided[k]
         if unheard:
             prediction[unheard] = self._of(unheard)(x[unheard], t, False)
             if self.looking:

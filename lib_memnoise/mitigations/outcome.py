@@ -44,6 +44,8 @@ def run(x: Tensor, delta: Delta, settings: Settings, *, parameterization: str) -
     if settings.start != "first":
         name = "tau" if settings.start == "tau" else "latest"
         outcome.used[name] = getattr(settings, name)
+        if settings.opposite:
+            outcome.used["opposite"] = settings.opposite
 
     finite = torch.isfinite(outcome.x).flatten(1).all(1)
     if outcome.before is not None:
