@@ -154,7 +154,8 @@ def test_claims_that_fail_fail_the_command(capsys: pytest.CaptureFixture[str], m
     assert stopped.value.code == 1
     found = json.loads(capsys.readouterr().out)
     assert [point["method"] for point in found["points"]] == [
-        "none", "static tau 900", "static tau 800", "batch-wise", "per-sample", "random displacement",
+        "none", "static tau 900", "static tau 800", "batch-wise", "per-sample, to a quarter", "per-sample, to half",
+        "automatic tau", "batch-wise, automatic tau", "random displacement",
     ]  # fmt: skip
     assert not all(claim["holds"] for claim in found["claims"])
 

