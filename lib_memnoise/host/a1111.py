@@ -148,7 +148,7 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
                 report.note(f"guidance is never off: the first timestep {t:g} is not above tau {start.tau:g}")
             if not p.cfg_scale > 1 and not report.left_alone:
                 report.note(f"the CFG scale {p.cfg_scale:g} is no guidance, so there is none to hold back")
-        gate = Gate(
+        Gate(
             p,
             p.sampler.model_wrap_cfg,
             reports=reports,
@@ -161,7 +161,6 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
             answers=predictor.answers,
             fail_instead=generation.fail_instead,
         )
-        setattr(p.sampler.model_wrap_cfg, GATE, gate)
         if generation.fail_instead and outcome.failed:
             fail_sampling(p, RuntimeError(next(iter(outcome.failed.values()))))
 

@@ -8,9 +8,8 @@ from typing import Any
 from fastapi import Body, HTTPException
 from modules import shared
 
-from lib_memnoise.calibration import BadCalibration, Calibration, ordinary_prompts
+from lib_memnoise.calibration import ordinary_prompts
 from lib_memnoise.host import calibrations, scoring
-from lib_memnoise.host.predictor import Unsupported
 from lib_memnoise.host.traces import STORE
 from lib_memnoise.settings import json_schema
 
@@ -19,12 +18,9 @@ def answered(what: Callable[[], Any]) -> Any:
     """The answer, or an HTTP error with one sentence."""
     try:
         return what()
-    except scoring.Stopped as error:
-        raise HTTPException(status_code=409, detail=str(error)) from None
-    except scoring.BadRequest as error:
-        raise HTTPException(status_code=422, detail=str(error)) from None
-    except (Unsupported, BadCalibration) as error:
-        raise HTTPException(status_code=422, detail=f"memnoise: {error}.") from None
+    except scoring.REFUSALS as error:
+        status = 409 if isinstance(error, scoring.Stopped) else 422
+        raise HTTPException(status_code=status, detail=scoring.said(error)) from None
 
 
 def score(body: Any = Body(...)) -> Any:  # noqa: B008
@@ -44,27 +40,14 @@ def calibrate(body: Any = Body(default={})) -> Any:  # noqa: B008
     def run() -> Any:
         request = scoring.parse({"prompts": ordinary_prompts(), **body} if isinstance(body, dict) else body)
         with scoring.queued("memnoise-calibration"):
-            return summary(scoring.calibrate(request))
+            return scoring.summary(scoring.calibrate(request))
 
     return answered(run)
 
 
 def listed() -> Any:
     """`GET /memnoise/v1/calibrations`."""
-    return [summary(calibration) for calibration in calibrations.store().all()]
-
-
-def summary(calibration: Calibration) -> dict[str, Any]:
-    document = calibration.document()
-    scores = document.pop("scores")
-    return {
-        **document,
-        "count": len(scores),
-        "lowest": scores[0],
-        "median": calibration.median,
-        "highest": scores[-1],
-        "threshold": calibration.threshold(0.01),
-    }
+    return [scoring.summary(calibration) for calibration in calibrations.store().all()]
 
 
 def trace(name: str) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib_memnoise.generation import ImageReport
 from lib_memnoise.guidance import Start
-from lib_memnoise.host.gate import GATE, Gate
+from lib_memnoise.host.gate import Gate
 from lib_memnoise.host.handover import Answers
 from lib_memnoise.host.predictor import Predictor, raise_if_interrupted
 
@@ -54,7 +54,7 @@ def trace_as_drawn(
     kept = getattr(rng, "nv_rng", None)
     own.rng.next()
     own.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
-    gate = Gate(
+    Gate(
         own,
         own.sampler.model_wrap_cfg,
         reports=images,
@@ -67,7 +67,6 @@ def trace_as_drawn(
         answers=Answers(),
         fail_instead=True,
     )
-    setattr(own.sampler.model_wrap_cfg, GATE, gate)
     shared.state.textinfo = "Memnoise: sampling the noise as drawn"
     try:
         own.sampler.sample(own, x.clone(), c, uc, image_conditioning=predictor.image_cond)

@@ -15,7 +15,14 @@ from torch import Tensor
 from lib_memnoise.generation import ImageReport, TracePoint
 from lib_memnoise.guidance import Start, transition_point
 from lib_memnoise.host.handover import Answers, Handover
-from lib_memnoise.host.predictor import conditioning, follows_negative, joined, pad_unconditional, tokens
+from lib_memnoise.host.predictor import (
+    conditioning,
+    follows_negative,
+    joined,
+    leaves_out_unconditional,
+    pad_unconditional,
+    tokens,
+)
 from lib_memnoise.host.rows import Cond, select_rows
 
 GATE = "memnoise_gate"
@@ -65,6 +72,7 @@ class Gate:
         self.error: Exception | None = None
         self._clear()
         self.install(denoiser)
+        setattr(denoiser, GATE, self)  # where `on_cfg_denoiser` looks
 
     def _clear(self) -> None:
         """What belongs to one step of the host's denoiser."""
@@ -139,21 +147,14 @@ class Gate:
         self._latents = params.x[-batch:]
         self._image_cond = params.image_cond
         self._cond, self._uncond = self._conditions(denoiser, params, batch)
-        self._scale = None if self._skips_unconditional(denoiser, params.sigma) else self._cfg_scale(denoiser)
+        skipped = leaves_out_unconditional(self.p, float(params.sigma[0]), denoiser.step, denoiser.total_steps)
+        self._scale = None if skipped else self._cfg_scale(denoiser)
         if self._scale == 0 and any(self.starts[i].opposite for i in off):
             raise RuntimeError("opposite guidance needs a CFG scale other than 0")
         self._off = off
 
     def _cfg_scale(self, denoiser: Any) -> float:
         return float(self.p.cfg_scale) * getattr(denoiser, "cond_scale_miltiplier", 1.0)
-
-    def _skips_unconditional(self, denoiser: Any, sigma: Tensor) -> bool:
-        """Whether the host leaves the unconditional rows out of this step ("skip early CFG", NGMS)."""
-        early, floor = getattr(shared.opts, "skip_early_cond", 0.0), getattr(self.p, "s_min_uncond", 0.0)
-        if early != 0 and denoiser.step / denoiser.total_steps <= early:
-            return True
-        every = getattr(shared.opts, "s_min_uncond_all", False)
-        return bool((denoiser.step % 2 or every) and floor > 0 and sigma[0] < floor)
 
     def _conditions(self, denoiser: Any, params: Any, batch: int) -> tuple[Cond, Cond]:
         """The prompts as the host evaluates them, and what is followed while guidance is off."""

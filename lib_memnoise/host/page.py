@@ -14,9 +14,8 @@ from typing import Any
 import gradio as gr
 from modules import call_queue, processing
 
-from lib_memnoise.calibration import BadCalibration, ordinary_prompts
+from lib_memnoise.calibration import ordinary_prompts
 from lib_memnoise.host import scoring
-from lib_memnoise.host.predictor import Unsupported
 from lib_memnoise.host.traces import STORE
 from lib_memnoise.settings import INFOTEXT
 
@@ -86,17 +85,11 @@ def answering(run: Callable[[dict[str, Any]], Answer], names: Sequence[str]) -> 
     def answer(task: Any, *values: Any) -> list[Any]:
         try:
             words, text = run(dict(zip(names, values)))
-        except (scoring.BadRequest, scoring.Stopped) as error:
-            words, text = [], failure(str(error))
-        except (Unsupported, BadCalibration) as error:
-            words, text = [], failure(f"memnoise: {error}.")
+        except scoring.REFUSALS as error:
+            words, text = [], f"<div class='error'>{html.escape(scoring.said(error))}</div>"
         return [gr.update(value=words or None, visible=bool(words)), text]
 
     return answer
-
-
-def failure(sentence: str) -> str:
-    return f"<div class='error'>{html.escape(sentence)}</div>"
 
 
 def checked(given: dict[str, Any]) -> Answer:
@@ -140,12 +133,11 @@ def calibrated(given: dict[str, Any]) -> Answer:
     request = scoring.parse(
         numbers({"prompts": ordinary_prompts(), **{name: given[name] for name in wanted if name in given}})
     )
-    made = scoring.calibrate(request)
-    scores = made.scores
+    made = scoring.summary(scoring.calibrate(request))
     return [], (
-        f"<p>Calibrated at {request.width}x{request.height}, first timestep {made.key.timestep:g}: "
-        f"{len(scores)} ordinary prompts score {scores[0]:.4g} to {scores[-1]:.4g}, half of them above "
-        f"{made.median:.4g}. A score above {made.threshold(0.01):.4g} counts as memorised (1 % false positives).</p>"
+        f"<p>Calibrated at {made['width']}x{made['height']}, first timestep {made['timestep']}: "
+        f"{made['count']} ordinary prompts score {made['lowest']:.4g} to {made['highest']:.4g}, half of them above "
+        f"{made['median']:.4g}. A score above {made['threshold']:.4g} counts as memorised (1 % false positives).</p>"
     )
 
 

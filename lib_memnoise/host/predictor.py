@@ -138,15 +138,21 @@ def first_step(p: Any, sampler: Any, x: Tensor) -> FirstStep:
     )
 
 
+def leaves_out_unconditional(p: Any, sigma: float, step: int = 0, steps: int = 1) -> bool:
+    """Whether the host's step of this number evaluates no unconditional rows ("skip early CFG", NGMS)."""
+    early, floor = getattr(shared.opts, "skip_early_cond", 0.0), getattr(p, "s_min_uncond", 0.0)
+    if early != 0.0 and step / steps <= early:
+        return True
+    return bool((step % 2 or getattr(shared.opts, "s_min_uncond_all", False)) and sigma < floor)
+
+
 def host_calls(p: Any, rows: int, images: int, *, equal: bool, sigma: float) -> list[tuple[int, int]]:
     """The calls in which the host's first step evaluates its rows, each from a row to the next call's first.
 
     Rows are those of the prompts, then the unconditional ones, unless the host leaves these out.
     """
     together = getattr(shared.opts, "batch_cond_uncond", True)
-    early = getattr(shared.opts, "skip_early_cond", 0.0) != 0.0
-    ngms = getattr(shared.opts, "s_min_uncond_all", False) and sigma < getattr(p, "s_min_uncond", 0.0)
-    skipped = early or ngms
+    skipped = leaves_out_unconditional(p, sigma)
     if equal or skipped:
         every = rows if skipped else rows + images
         size = every if together else images

@@ -23,7 +23,7 @@ from lib_memnoise.generation import ImageReport
 from lib_memnoise.host import calibrations, words
 from lib_memnoise.host.a1111 import EmptyPrompt, checkpoint_preset, left_as_it_was, raise_if_unsupported
 from lib_memnoise.host.gradients import Lean, first_attempt, free_memory, frozen_network
-from lib_memnoise.host.predictor import Interrupted, Predictor, make_predictor
+from lib_memnoise.host.predictor import Interrupted, Predictor, Unsupported, make_predictor
 from lib_memnoise.prediction import magnitude
 from lib_memnoise.settings import PRESET_VALUES, Settings, size_factor
 
@@ -37,6 +37,15 @@ class BadRequest(ValueError):
 
 class Stopped(RuntimeError):
     """The user interrupted."""
+
+
+REFUSALS = (BadRequest, Stopped, Unsupported, calibration.BadCalibration)
+"""What may come of a request but an answer."""
+
+
+def said(refusal: Exception) -> str:
+    """One of `REFUSALS` in a sentence."""
+    return str(refusal) if isinstance(refusal, (BadRequest, Stopped)) else f"memnoise: {refusal}."
 
 
 @dataclass(frozen=True)
@@ -284,6 +293,20 @@ def calibrate(request: Request) -> Calibration:
     )
     calibrations.store().save(made)
     return made
+
+
+def summary(made: Calibration) -> dict[str, Any]:
+    """A calibration without its scores, as JSON."""
+    document = made.document()
+    scores = document.pop("scores")
+    return {
+        **document,
+        "count": len(scores),
+        "lowest": scores[0],
+        "median": made.median,
+        "highest": scores[-1],
+        "threshold": made.threshold(0.01),
+    }
 
 
 def verdict(score: float, threshold: float, known: Calibration | None) -> str:
