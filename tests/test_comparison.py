@@ -234,7 +234,7 @@ def test_page_has_everything_in_it(model: Miniature) -> None:
 
 def test_bootstrap_interval_of_a_mean() -> None:
     values = np.random.default_rng(0).normal(3.0, 1.0, 400)
-    low, high = claims.interval(400, lambda drawn: float(values[drawn].mean()))
+    low, high = claims.interval(400, statistic=lambda drawn: float(values[drawn].mean()))
     assert low < 3.0 < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
 
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from lib_memnoise.lab.bench import PER_SAMPLE, STEPS, FirstDelta, make_network, noises
+from lib_memnoise.lab.bench import PER_SAMPLE, STEPS, noises
 from lib_memnoise.lab.records import aligned
-from lib_memnoise.lab.study import BATCH, Images, Subject, record, seed_of, study, subjects
+from lib_memnoise.lab.study import Images, Subject, first_predictions, record, seed_of, study, subjects
 from lib_memnoise.miniature.model import Miniature
 from lib_memnoise.miniature.scenes import ordinary_caption, validation_scenes
 from lib_memnoise.miniature.text import words
@@ -33,7 +32,7 @@ AUTOMATIC = {
 }
 """Guidance from each image's own transition point on."""
 HALF = replace(PER_SAMPLE, target=0.5)
-"""The paper's rule of thumb."""
+"""As the preset of checkpoints without published numbers has it."""
 RESAMPLES = 2000
 
 Values = NDArray[np.float64]
@@ -52,12 +51,15 @@ class Claim:
     """False: the paper says so of Stable Diffusion, and the miniature is not expected to show it."""
 
 
-def interval(captions: int, statistic: Callable[[NDArray[np.int64]], float]) -> tuple[float, float]:
-    """A bootstrap interval over captions of a statistic, which is given the indices of those drawn."""
+def interval(*captions: int, statistic: Callable[..., float], resamples: int = RESAMPLES) -> tuple[float, float]:
+    """A bootstrap interval over captions of a statistic, which is given the indices of those drawn.
+
+    With several numbers of captions each set is drawn from on its own.
+    """
     result = stats.bootstrap(
-        (np.arange(captions),),
+        tuple(np.arange(count) for count in captions),
         statistic,
-        n_resamples=RESAMPLES,
+        n_resamples=resamples,
         vectorized=False,
         method="percentile",
         rng=np.random.default_rng(0),
@@ -78,14 +80,8 @@ def along(curve: Sequence[Images], alignment: float, drawn: NDArray[np.int64]) -
 
 def scores(model: Miniature, chosen: Sequence[Subject], images: int, seed: int, sampler: str = "DDIM") -> Values:
     """‖Δ(x_T, T)‖ of fresh noises, `(S, I)`."""
-    every = [(s, i) for s in range(len(chosen)) for i in range(images)]
-    found = []
-    for start in range(0, len(every), BATCH):
-        part = every[start : start + BATCH]
-        network = make_network(model, [chosen[s].caption for s, _ in part])
-        with torch.no_grad():
-            found.append(magnitude(FirstDelta(network, sampler)(noises([seed_of(s, i, seed) for s, i in part]))))
-    return torch.cat(found).double().numpy().reshape(len(chosen), images)
+    delta, _ = first_predictions(model, chosen, images, seed, sampler=sampler)
+    return magnitude(delta).double().numpy().reshape(len(chosen), images)
 
 
 def auc(memorised: Values, control: Values) -> float:
@@ -271,7 +267,7 @@ def judge(found: Measured) -> list[Claim]:
         size: int = captions,
         required: bool = True,
     ) -> None:
-        low, high = interval(size, statistic)
+        low, high = interval(size, statistic=statistic)
         value = statistic(np.arange(size))
         claims.append(Claim(claim, value, low, high, holds(value, low, high), required))
 

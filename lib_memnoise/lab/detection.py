@@ -12,13 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 
 from lib_memnoise.calibration import Calibration, Key
-from lib_memnoise.lab.bench import STEPS, make_network, noises
-from lib_memnoise.lab.claims import RESAMPLES, auc, ordinary_subjects
-from lib_memnoise.lab.samplers import SAMPLERS
-from lib_memnoise.lab.study import BATCH, Subject, seed_of, subjects
+from lib_memnoise.lab.claims import RESAMPLES, auc, interval, ordinary_subjects
+from lib_memnoise.lab.study import Subject, first_predictions, subjects
 from lib_memnoise.miniature.model import Miniature
 from lib_memnoise.prediction import magnitude
 
@@ -59,21 +56,10 @@ def measured(
     model: Miniature, chosen: Sequence[Subject], images: int, seed: int, progress: Callable[[int], None]
 ) -> Scores:
     """Score every image of every subject with `MOST` noises of its own."""
-    every = [(s, i) for s in range(len(chosen)) for i in range(images * MOST)]
-    first = SAMPLERS["DDIM"].first
-    sizes, cosines = [], []
-    for start in range(0, len(every), BATCH):
-        part = every[start : start + BATCH]
-        network = make_network(model, [chosen[s].caption for s, _ in part])
-        x, t = first(noises([seed_of(s, i, seed) for s, i in part]), STEPS)
-        with torch.no_grad():
-            delta, unconditional = network.delta(x, t, counted=False)
-        sizes.append(magnitude(delta))
-        cosines.append(torch.cosine_similarity(delta.flatten(1), unconditional.flatten(1)))
-        progress(len(part))
+    delta, unconditional = first_predictions(model, chosen, images * MOST, seed, progress=progress)
+    cosine = torch.cosine_similarity(delta.flatten(1), unconditional.flatten(1))
     shape = (len(chosen), images, MOST)
-    size, cosine = (torch.cat(parts).double().numpy().reshape(shape) for parts in (sizes, cosines))
-    return Scores(size, cosine)
+    return Scores(*(values.double().numpy().reshape(shape) for values in (magnitude(delta), cosine)))
 
 
 @dataclass(frozen=True)
@@ -142,16 +128,10 @@ def detect(
 def line(name: str, count: int, memorised: Scores, ordinary: Scores, scale: Scores, plan: Plan) -> Line:
     high, low = (scores.of(name, scale)[..., :count].mean(-1) for scores in (memorised, ordinary))
 
-    def interval(statistic: Callable[[Values, Values], float]) -> tuple[float, float]:
-        found = stats.bootstrap(
-            (np.arange(len(high)), np.arange(len(low))),
-            lambda a, b: statistic(high[a], low[b]),
-            n_resamples=plan.resamples,
-            vectorized=False,
-            method="percentile",
-            rng=np.random.default_rng(0),
+    def bounds(statistic: Callable[[Values, Values], float]) -> tuple[float, float]:
+        return interval(
+            len(high), len(low), statistic=lambda a, b: statistic(high[a], low[b]), resamples=plan.resamples
         )
-        return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
     captions = [scores.of(name, scale).mean((1, 2)) for scores in (memorised, ordinary)]
     return Line(
@@ -159,10 +139,10 @@ def line(name: str, count: int, memorised: Scores, ordinary: Scores, scale: Scor
         count,
         2 * count,
         auc(high, low),
-        *interval(auc),
+        *bounds(auc),
         auc(*captions),
         true_positives(high, low),
-        *interval(true_positives),
+        *bounds(true_positives),
     )
 
 

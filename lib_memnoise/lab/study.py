@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lib_memnoise.lab.bench import PRESETS, STEPS, Generated, generate, noises
+from lib_memnoise.lab.bench import PRESETS, STEPS, Generated, generate, make_network, noises
+from lib_memnoise.lab.samplers import SAMPLERS
 from lib_memnoise.miniature.model import Miniature, to_pictures
 from lib_memnoise.miniature.scenes import Prompt, draw, prompts
 from lib_memnoise.miniature.yardsticks import COPIED, similarity
@@ -77,6 +78,30 @@ class Images:
     @property
     def copied(self) -> NDArray[np.bool_]:
         return self.similarity > COPIED
+
+
+@torch.no_grad()
+def first_predictions(
+    model: Miniature,
+    chosen: Sequence[Subject],
+    images: int,
+    seed: int,
+    *,
+    sampler: str = "DDIM",
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[Tensor, Tensor]:
+    """Δ(x_T, T) and ε_uncond of `images` noises of every subject, `(S·I, 4, 16, 16)` each, subject by subject."""
+    every = [(s, i) for s in range(len(chosen)) for i in range(images)]
+    deltas, unconditionals = [], []
+    for start in range(0, len(every), BATCH):
+        part = every[start : start + BATCH]
+        network = make_network(model, [chosen[s].caption for s, _ in part])
+        x, t = SAMPLERS[sampler].first(noises([seed_of(s, i, seed) for s, i in part]), STEPS)
+        delta, unconditional = network.delta(x, t, counted=False)
+        deltas.append(delta)
+        unconditionals.append(unconditional)
+        progress(len(part))
+    return torch.cat(deltas), torch.cat(unconditionals)
 
 
 def study(
