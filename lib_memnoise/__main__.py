@@ -125,7 +125,7 @@ def request_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a WebUI is asked for: only what was given, so that its own defaults hold."""
     names = ("width", "height", "sampler_name", "scheduler", "steps", "cfg_scale", "negative_prompt", "seeds", "words")
     given = {name: getattr(arguments, name, None) for name in names}
-    return {name: value for name, value in given.items() if value not in (None, False)}
+    return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def score(arguments: argparse.Namespace) -> None:
@@ -153,6 +153,11 @@ def score(arguments: argparse.Namespace) -> None:
 
 def score_miniature(arguments: argparse.Namespace) -> None:
     """Without a WebUI: the miniature's scores of prompts, or how well its scores tell what it memorised."""
+    foreign = [name for name in request_of(arguments) if name != "seeds"]
+    if foreign:
+        raise OneSentence(f"{foreign[0]} was given, which only a WebUI takes; --url names one.")
+    if len(arguments.seeds or []) > 1:
+        raise OneSentence("the miniature takes one --seed; --noises is how many are drawn from there on.")
     import torch
     from tqdm import tqdm
 

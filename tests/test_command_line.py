@@ -160,6 +160,12 @@ def test_claims_that_fail_fail_the_command(capsys: pytest.CaptureFixture[str], m
     assert not all(claim["holds"] for claim in found["claims"])
 
 
+def test_scores_of_the_miniature_take_nothing_of_a_webuis() -> None:
+    assert "words was given" in refusal("score", "a fox", "--words")
+    assert "cfg_scale was given" in refusal("score", "--cfg", "0")
+    assert "takes one --seed" in refusal("score", "a fox", "--seed", "1", "--seed", "2")
+
+
 # The miniature
 
 

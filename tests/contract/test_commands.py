@@ -10,6 +10,7 @@ import pytest
 from lib_memnoise.__main__ import main
 from tests.contract.conftest import Studio, open_host
 from tests.contract.test_scores import score
+from tests.test_command_line import refusal
 
 GIVEN = ("--width", "64", "--height", "64", "--steps", "8", "--cfg", "6", "--sampler", "DDIM")
 
@@ -17,14 +18,6 @@ GIVEN = ("--width", "64", "--height", "64", "--steps", "8", "--cfg", "6", "--sam
 def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     main(argv)
     return capsys.readouterr().out
-
-
-def refusal(*argv: str) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(argv)
-    sentence = str(stopped.value.code)
-    assert sentence.startswith("memnoise: ") and sentence.endswith(".") and "\n" not in sentence
-    return sentence
 
 
 def test_score(studio: Studio, address: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,6 +45,7 @@ def test_refusals(studio: Studio, address: str) -> None:
     assert "has no memnoise" in refusal("score", "a fox", "--url", f"{address}/elsewhere")
     assert "sampler_name = 'Eule'" in refusal("score", "a fox", "--url", address, "--sampler", "Eule")
     assert "a prompt is needed" in refusal("score", "--url", address)
+    assert "cfg_scale = 0.0 is not valid" in refusal("score", "a fox", "--url", address, "--cfg", "0")
     assert "an empty prompt has no score" in refusal("score", "", "--url", address)
 
 
