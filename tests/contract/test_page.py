@@ -362,3 +362,17 @@ def test_the_trace_is_plotted(page: HostPage) -> None:
     page.choose("trace", (SPECS["trace"].choices or {})["off"])
     page.generate()
     expect(page.control("plot")).not_to_be_visible()
+
+
+def test_calibrating_can_be_interrupted(page: HostPage) -> None:
+    if not page.is_real:
+        pytest.skip("the double's page has no Interrupt")
+    page.paste(PICTURE.replace("64x64", "256x256"))  # takes its time
+    expect(page.page.locator("#txt2img_width input[type=number]")).to_have_value("256")
+    page.open()
+    with page.answered("task("):
+        page.control("calibrate").click()
+        expect(page.control("enabled").locator(".progressDiv")).to_be_visible()
+        page.page.locator("#txt2img_interrupt").click()
+    expect(verdict(page).locator(".error")).to_have_text("memnoise: interrupted.")
+    expect(page.page.locator("#txt2img_interrupt")).not_to_be_visible()
