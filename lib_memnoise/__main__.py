@@ -161,7 +161,7 @@ def score_miniature(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from lib_memnoise.lab.detection import Plan, detect, documents, report
+    from lib_memnoise.lab.detection import Plan, detect, documents, left_alone, left_alone_text, report
     from lib_memnoise.miniature.model import load_miniature
 
     torch.set_num_threads(arguments.threads)
@@ -182,7 +182,11 @@ def score_miniature(arguments: argparse.Namespace) -> None:
     plan = Plan(images=arguments.images, ordinary=arguments.ordinary)
     with tqdm(total=plan.total, unit="score", leave=False) as bar:
         lines = detect(model, plan, seed=seed, progress=bar.update)
-    print(json.dumps(documents(lines), indent=2) if arguments.json else report(lines, plan))
+    if arguments.json:
+        print(json.dumps(documents(lines), indent=2))
+    else:
+        print(report(lines, plan))
+        print(left_alone_text(left_alone(model, seed=seed)))
 
 
 def calibrate(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,18 @@ import pytest
 from lib_memnoise.__main__ import main
 from lib_memnoise.lab import detection
 from lib_memnoise.lab.bench import FirstDelta, make_network, noises
-from lib_memnoise.lab.detection import MOST, Line, Plan, Scores, line, measured, report, true_positives
+from lib_memnoise.lab.detection import (
+    MOST,
+    Line,
+    Plan,
+    Scores,
+    left_alone,
+    left_alone_text,
+    line,
+    measured,
+    report,
+    true_positives,
+)
 from lib_memnoise.lab.study import seed_of, subjects
 from lib_memnoise.miniature.model import load_miniature
 from lib_memnoise.prediction import magnitude
@@ -83,3 +94,10 @@ def test_scores_of_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     assert min(memorised["scores"]) > max(other["scores"])
     main(["score", caption, "--noises", "2", "--threads", "1"])
     assert f"{sum(memorised['scores']) / 2:.4f}  {caption}" in capsys.readouterr().out
+
+
+def test_ordinary_images_are_left_alone() -> None:
+    found = left_alone(load_miniature(), batches=2)
+    assert found.images == 8 and found.unflagged_batches >= 1
+    assert found.identical == 4 * found.unflagged_batches and found.extra_rows == 0
+    assert "bit-identical" in left_alone_text(found)

@@ -14,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from lib_memnoise.calibration import Calibration, Key
-from lib_memnoise.lab.claims import RESAMPLES, auc, interval, ordinary_subjects
-from lib_memnoise.lab.study import Subject, first_predictions, subjects
+from lib_memnoise.lab.bench import generate, noises
+from lib_memnoise.lab.claims import NONE, RESAMPLES, auc, interval, ordinary_subjects
+from lib_memnoise.lab.study import Subject, first_predictions, seed_of, subjects
 from lib_memnoise.miniature.model import Miniature
 from lib_memnoise.prediction import magnitude
+from lib_memnoise.settings import Settings, size_factor
 
 RATE = 0.01
 """The false-positive rate at which true positives are counted."""
@@ -143,6 +145,48 @@ def line(name: str, count: int, memorised: Scores, ordinary: Scores, scale: Scor
         auc(*captions),
         true_positives(high, low),
         *bounds(true_positives),
+    )
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """What mitigating flagged images only does to ordinary prompts, at a threshold calibrated with others of them."""
+
+    images: int
+    flagged: int
+    identical: int
+    """Images whose latents are bit for bit those without mitigation, of the batches in which none was flagged."""
+    unflagged_batches: int
+    extra_rows: int
+    """Network rows beyond those without mitigation, in these batches."""
+
+
+def left_alone(model: Miniature, *, batches: int = 6, size: int = 4, seed: int = 1) -> LeftAlone:
+    """Sample ordinary prompts with and without `when = flagged`, the threshold being at `RATE` false positives."""
+    every = ordinary_subjects(120 + batches * size)
+    others = measured(model, every[:120], 1, seed + 11_000_000, lambda done: None).magnitude.ravel()
+    known = Calibration(Key("", 0, 0, model.parameterization, 0), tuple(sorted(others.tolist())))
+    factor = size_factor(noises([0])[0].numel(), model.parameterization)
+    settings = Settings(enabled=True, when="flagged", threshold=known.threshold(RATE) / factor)
+    flagged = identical = unflagged = extra = 0
+    for batch in range(batches):
+        captions = [subject.caption for subject in every[120 + batch * size :][:size]]
+        x = noises([seed_of(batch, i, seed + 13_000_000) for i in range(size)])
+        plain, found = (generate(model, captions, x, way) for way in (NONE, settings))
+        moved = (found.noise != x).flatten(1).any(1)
+        flagged += int(moved.sum())
+        if not moved.any():
+            unflagged += 1
+            identical += int((found.latents == plain.latents).flatten(1).all(1).sum())
+            extra += int((found.forward - plain.forward).sum())
+    return LeftAlone(batches * size, flagged, identical, unflagged, extra)
+
+
+def left_alone_text(found: LeftAlone, size: int = 4) -> str:
+    return (
+        f"Mitigating flagged images only: of {found.images} ordinary images {found.flagged} were flagged; in the "
+        f"{found.unflagged_batches} batches of {size} without a flagged one {found.identical} of "
+        f"{found.unflagged_batches * size} images are bit-identical to no mitigation, at {found.extra_rows} extra rows."
     )
 
 
