@@ -62,7 +62,7 @@ def demo(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from lib_memnoise.lab.comparison import compare, own_subjects, table, total
+    from lib_memnoise.lab.comparison import COMPARED, EVERY, compare, own_subjects, table, total
     from lib_memnoise.lab.study import subjects
     from lib_memnoise.miniature.model import load_miniature
 
@@ -76,10 +76,12 @@ def demo(arguments: argparse.Namespace) -> None:
         chosen = own_subjects(arguments.prompt)
     else:
         chosen = subjects(memorised=True, held_out=True)[: arguments.prompts]
-    with tqdm(total=total(len(chosen), arguments.images), unit="image", leave=False) as bar:
+    methods = EVERY if arguments.every_method else COMPARED
+    with tqdm(total=total(len(chosen), arguments.images, methods), unit="image", leave=False) as bar:
         comparison = compare(
             model,
             chosen,
+            methods=methods,
             images=arguments.images,
             seed=arguments.seed,
             sampler=arguments.sampler,
@@ -262,6 +264,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--prompt", action="append", help="your own, instead of memorised ones; may be repeated")
     command.add_argument("--prompts", type=whole_number(1, 12), default=4, help="memorised prompts (default: 4)")
+    command.add_argument("--every-method", action="store_true", help="all methods, at several strengths")
     command.add_argument("--images", type=counts, default=4, help="images a prompt (default: 4)")
     command.add_argument("--seed", type=seeds, default=0, help="of the first image (default: 0)")
     command.add_argument("--sampler", choices=("DDIM", "Euler"), default="DDIM", help="(default: DDIM)")

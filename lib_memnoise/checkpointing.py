@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-_NOTHING = object()
+from lib_memnoise.stand_in import standing_in
 
 
 def blocks(unet: nn.Module) -> list[nn.Module]:
@@ -32,18 +32,9 @@ def checkpointed(unet: nn.Module) -> Iterator[None]:
     """
     with contextlib.ExitStack() as restored:
         for block in blocks(unet):
-            before = block.__dict__.get("forward", _NOTHING)
-            block.__dict__["forward"] = functools.partial(_again, block.forward)
-            restored.callback(_restore, block, before)
+            restored.enter_context(standing_in(block, functools.partial(_again, block.forward)))
         yield
 
 
 def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def _restore(block: nn.Module, before: Any) -> None:
-    if before is _NOTHING:
-        del block.__dict__["forward"]
-    else:
-        block.__dict__["forward"] = before

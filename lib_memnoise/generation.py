@@ -43,6 +43,8 @@ class ImageReport:
     """The score above which an image is mitigated, where only such images are."""
     left_alone: bool = False
     """Not mitigated, because its score is not above the threshold."""
+    prompt: str | None = None
+    """What was encoded instead of its prompt."""
     transition: float | None = None
     """Where guidance started at the image's own transition point: its timestep."""
     trace: list[TracePoint] = field(default_factory=list)
@@ -55,7 +57,7 @@ class ImageReport:
 
 
 REPORT_KEYS = (
-    "used", "magnitude", "magnitude after", "mitigated", "steps taken", "norm", "transition at", "rows",
+    "used", "prompt", "magnitude", "magnitude after", "mitigated", "steps taken", "norm", "transition at", "rows",
     "backward rows", "note", "failed",
 )  # fmt: skip
 
@@ -87,6 +89,7 @@ def report_infotext(report: ImageReport) -> dict[str, str | int | None]:
     used = (f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in report.used.items())
     values: tuple[str | int | None, ...] = (
         " ".join(used) or None,
+        report.prompt,
         _number(report.before),
         _number(report.after),
         None if report.threshold is None else str(not report.left_alone),

@@ -64,9 +64,9 @@ class Start:
 
 def make_start(settings: Settings) -> Start:
     """The start of guidance that resolved settings ask for."""
+    if settings.start == "first":
+        return Start()
+    assert settings.tau is not None and settings.opposite is not None
     if settings.start == "transition":
         return Start(settings.latest, at_transition=True, opposite=settings.opposite)
-    if settings.start == "tau":
-        assert settings.tau is not None
-        return Start(settings.tau, opposite=settings.opposite)
-    return Start()
+    return Start(settings.tau, opposite=settings.opposite)

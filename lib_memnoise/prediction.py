@@ -29,6 +29,27 @@ class SelectableDelta(Protocol):
     def select(self, images: list[int]) -> Delta: ...
 
 
+@runtime_checkable
+class PromptedDelta(Protocol):
+    """A Δ whose prompts' vectors can be replaced."""
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """Of each image: those of its prompt, `(parts, tokens, width)`."""
+
+    @property
+    def fixed(self) -> list[int]:
+        """The places whose vectors are not to be learnt: start tokens."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def hearing(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
+        """`heard(vectors, images)`: Δ(x, T) of those images of the latents x, each with other vectors.
+
+        What does not depend on the vectors, the unconditional output, is evaluated once.
+        """
+
+
 def select(delta: Delta, images: list[int]) -> Delta:
     """The Δ of some images of the batch; a plain function is taken to treat every row alike."""
     return delta.select(images) if isinstance(delta, SelectableDelta) else delta

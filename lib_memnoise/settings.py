@@ -59,7 +59,15 @@ STARTS = {
 }
 TRACES = {"off": "no", "on": "as sampled", "compare": "as sampled, and of the noise as drawn"}
 MITIGATED = {"always": "every image", "flagged": "images that score as memorised"}
+PADDINGS = {
+    "both": "token 0, and no end token",
+    "pad": "token 0 as padding",
+    "end": "no end token",
+}
 _BATCH, _SAMPLE = ("batch_wise",), ("per_sample",)
+_DESCENT = ("per_sample", "prompt_embedding", "sail")
+"""Methods that descend until a target is reached."""
+_DECAYED = ("per_sample", "prompt_embedding")
 
 
 @dataclass(frozen=True)
@@ -169,14 +177,14 @@ class Settings:
         help="Guidance starts at the first local minimum of the image's ‖Δ‖, or here. Costs a network row an image in "
         "each step before.",
     )
-    opposite: float = _setting(
-        0.0,
+    opposite: float | None = _setting(
+        None,
         label="Opposite guidance s",
         low=0,
         high=20,
         step=0.5,
         only=("guidance", "tau", "transition"),
-        advanced=True,
+        preset=True,
         help="Until guidance starts, go away from the prompt: ε_uncond − s·Δ. 0: the unconditional prediction alone. "
         "Costs a network row an image in each step before.",
     )
@@ -186,9 +194,9 @@ class Settings:
         low=0.00001,
         high=1,
         step=0.0001,
-        methods=_SAMPLE,
+        methods=_DESCENT,
         preset=True,
-        help="AdamW's learning rate on the noise.",
+        help="AdamW's (SAIL: Adam's), on the noise or the prompt's vectors.",
     )
     target: float | None = _setting(
         None,
@@ -196,26 +204,27 @@ class Settings:
         low=0,
         high=1000,
         step=0.01,
-        methods=_SAMPLE,
+        methods=_DESCENT,
         preset=True,
-        help="Stop when ‖Δ‖ is below it. Absolute targets are at the checkpoint's own image size and scaled.",
+        help="Stop when ‖Δ‖ (SAIL: its loss) is below it. Absolute: at the checkpoint's own image size; scaled.",
     )
     target_kind: str | None = _setting(
         None,
         label="Target is",
-        methods=_SAMPLE,
+        methods=_DESCENT,
         preset=True,
         choices={"absolute": "absolute", "fraction": "a fraction of the first ‖Δ‖"},
         help="A fraction suits checkpoints without published numbers.",
     )
-    max_steps: int = _setting(
-        100,
+    max_steps: int | None = _setting(
+        None,
         label="Most optimiser steps",
         low=0,
         high=1000,
         step=1,
-        methods=_SAMPLE,
-        help="An image that has not reached the target by then keeps its best noise, and says so.",
+        methods=_DESCENT,
+        preset=True,
+        help="An image that has not reached the target by then keeps the best it had, and says so.",
     )
     weight_decay: float = _setting(
         0.01,
@@ -223,9 +232,86 @@ class Settings:
         low=0,
         high=1,
         step=0.005,
-        methods=_SAMPLE,
+        methods=_DECAYED,
         advanced=True,
-        help="Keeps the adjusted noise near its usual length.",
+        help="Keeps what is adjusted near its usual length.",
+    )
+    candidates: int = _setting(
+        4,
+        label="Noises to choose from",
+        low=1,
+        high=64,
+        step=1,
+        methods=("noise_selection",),
+        help="The noise as drawn and others from the image's seed; two network rows each.",
+    )
+    tokens: int = _setting(
+        4,
+        label="Random tokens",
+        low=0,
+        high=32,
+        step=1,
+        methods=("random_tokens",),
+        help="How many are inserted.",
+    )
+    bos_scale: float = _setting(
+        1.25,
+        label="Start token C",
+        low=0.1,
+        high=10,
+        step=0.05,
+        methods=("cross_attention",),
+        help="The start token's logits are multiplied by it. 1: as they are.",
+    )
+    mask_padding: bool = _setting(
+        True,
+        label="Mask the padding",
+        methods=("cross_attention",),
+        help="Tokens after the prompt's end get no attention.",
+    )
+    padding: str = _setting(
+        "both",
+        label="Padding",
+        methods=("padding_fix",),
+        choices=PADDINGS,
+        help="Token 0 pads prompt and negative prompt; without end token, the prompt's end is zero.",
+    )
+    alpha: float | None = _setting(
+        None,
+        label="SAIL α",
+        low=0,
+        high=10,
+        step=0.01,
+        methods=("sail",),
+        preset=True,
+        help="Weight of the noise's length in the loss.",
+    )
+    redraws: int = _setting(
+        3,
+        label="Drawn anew at most",
+        low=0,
+        high=20,
+        step=1,
+        methods=("sail",),
+        help="An image that has not reached its target starts again, from other noise of its seed.",
+    )
+    eta: float = _setting(
+        0.05,
+        label="DivIn η",
+        low=0,
+        high=1,
+        step=0.01,
+        methods=("divin",),
+        help="Length of the Langevin step.",
+    )
+    temperature: float = _setting(
+        0.6,
+        label="DivIn τ",
+        low=0,
+        high=10,
+        step=0.05,
+        methods=("divin",),
+        help="Weight of the gradient. Has nothing to do with the timestep at which guidance starts.",
     )
     reference: str = _setting(
         "empty",
@@ -281,14 +367,17 @@ class Settings:
         follows = self.follows_calibration(preset)
         if self.preset != "auto":
             preset = self.preset
-        values = dict(PRESET_VALUES[{"custom": "sd1", "calibrated": "relative"}.get(preset, preset)])
+        values = preset_values({"custom": "sd1", "calibrated": "relative"}.get(preset, preset), self.method)
         if calibrated is not None:
-            values.update(calibrated if follows else {"threshold": calibrated["threshold"]})
+            # SAIL's target is one for its own loss.
+            taken = calibrated if follows and self.method != "sail" else {"threshold": calibrated["threshold"]}
+            values.update({name: value for name, value in taken.items() if name in values})
         # A target means something only together with its kind: a preset never completes half of the pair.
         if self.target is not None:
             values["target_kind"] = "absolute"
         elif self.target_kind not in (None, values["target_kind"]):
-            values["target"] = PRESET_VALUES["relative" if self.target_kind == "fraction" else "sd1"]["target"]
+            other = "relative" if self.target_kind == "fraction" else "sd1"
+            values["target"] = preset_values(other, self.method)["target"]
         missing = {name: value for name, value in values.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 
@@ -322,7 +411,8 @@ PRESET_VALUES: dict[str, dict[str, Any]] = {
     # Appendix B, DDIM.
     "sd1": {
         "gamma": 0.7, "rho": 50.0, "steps": 2, "tau": 900.0,
-        "lr": 0.01, "target": 0.9, "target_kind": "absolute", "threshold": 1.5,
+        "lr": 0.01, "target": 0.9, "target_kind": "absolute", "threshold": 1.5, "max_steps": 100, "opposite": 0.0,
+        "alpha": 0.05,
     },
     # Appendix B, Euler. Which space γ̃, ρ and lr act in is not published. γ̃ and lr are divided by σ_max (γ̃ is then 0.7
     # on ε, SD1.4's very value), ρ is not: on the v-prediction miniature ‖Δ‖ then falls to 0.64 of itself and the
@@ -331,13 +421,41 @@ PRESET_VALUES: dict[str, dict[str, Any]] = {
     "sd2_v": {
         "gamma": round(0.7 / SIGMA_MAX, 4), "rho": 30.0, "steps": 4, "tau": 917.449,
         "lr": round(0.1 / SIGMA_MAX, 5), "target": 10.0, "target_kind": "absolute", "threshold": 20.0,
+        "max_steps": 100, "opposite": 0.0, "alpha": 0.01,
     },
     # Checkpoints without published numbers (SDXL): SD1.4's, but the target relative to what the image starts from.
     "relative": {
         "gamma": 0.7, "rho": 50.0, "steps": 2, "tau": 900.0,
-        "lr": 0.01, "target": 0.5, "target_kind": "fraction", "threshold": 1.5,
+        "lr": 0.01, "target": 0.5, "target_kind": "fraction", "threshold": 1.5, "max_steps": 100, "opposite": 0.0,
+        "alpha": 0.05,
     },
 }  # fmt: skip
+
+METHOD_VALUES: dict[str, dict[str, dict[str, Any]]] = {
+    # Figure 4 sweeps 780…720 with noise as drawn, Figure 5 999…917 (SD 2.0).
+    "static": {"sd1": {"tau": 740.0}, "relative": {"tau": 740.0}},
+    # Swept: 1, 3, 5, 7, 9.
+    "opposite_guidance": {preset: {"opposite": 5.0} for preset in ("sd1", "sd2_v", "relative")},
+    # Swept for batches of 10: 3…7 and, in v, 50…90, of one norm over the batch; an image's is divided by √10.
+    "prompt_embedding": {
+        "sd1": {"lr": 0.05, "max_steps": 10, "target": round(5 / 10**0.5, 3)},
+        "sd2_v": {"lr": 0.05, "max_steps": 10, "target": round(70 / 10**0.5, 3)},
+        "relative": {"lr": 0.05, "max_steps": 10},
+    },
+    # The authors' code; it has no target of its own for SD 2.
+    "sail": {
+        "sd1": {"lr": 0.05, "max_steps": 10, "target": 8.2},
+        "sd2_v": {"lr": 0.05, "max_steps": 10, "target": 0.5, "target_kind": "fraction"},
+        "relative": {"lr": 0.05, "max_steps": 10},
+    },
+}
+"""What a preset has for one method other than `PRESET_VALUES` does."""
+
+
+def preset_values(preset: str, method: str) -> dict[str, Any]:
+    """The numbers of a preset (a key of `PRESET_VALUES`) for a method."""
+    return {**PRESET_VALUES[preset], **METHOD_VALUES.get(method, {}).get(preset, {})}
+
 
 REFERENCE_SIZE = {"eps": 4 * 64 * 64, "v": 4 * 96 * 96}
 """d = C·H·W of the latents that the published values belong to: SD1 at 512 px, SD2 v at 768 px."""
@@ -406,7 +524,9 @@ def misplaced(name: str, values: Mapping[str, Any]) -> str:
     """Why a setting is not used among these, as the end of a sentence."""
     spec, method = SPECS[name], effective("method", values)
     if spec.methods and method not in spec.methods:
-        return f"belongs to the method {' and '.join(spec.methods)}, but the method is {method}."
+        *others, last = spec.methods
+        owners = f"methods {', '.join(others)} and {last}" if others else f"method {last}"
+        return f"belongs to the {owners}, but the method is {method}."
     assert spec.only is not None
     other, *wanted = spec.only
     return f"is used only where {other} is {' or '.join(wanted)}, but it is {effective(other, values)}."
@@ -464,6 +584,11 @@ def from_mapping(given: Mapping[str, Any]) -> Settings:
         if not isinstance(name, str):
             raise SettingError(f"memnoise has no setting {name!r}; it has {', '.join(SPECS)}.")
     settings = Settings(**{name: check(name, value) for name, value in given.items()})
+    if METHODS[settings.method].module == "transition" and settings.start == "first":
+        raise SettingError(
+            f"memnoise: guidance = first leaves the method {settings.method} nothing to do; it needs guidance to start "
+            "at tau or at the transition."
+        )
     for name in given:
         if not is_used(name, given):
             raise SettingError(f"memnoise: {name} = {_shown(given[name])} {misplaced(name, given)}")
@@ -547,6 +672,11 @@ def json_schema() -> dict[str, Any]:
             entry["default"] = getattr(DEFAULTS, name)
         if spec.preset:
             entry["x-presets"] = {preset: values[name] for preset, values in PRESET_VALUES.items()}
+            own = {
+                method: {preset: numbers[name] for preset, numbers in presets.items() if name in numbers}
+                for method, presets in METHOD_VALUES.items()
+            }
+            entry["x-method-presets"] = {method: numbers for method, numbers in own.items() if numbers}
         if spec.methods:
             entry["x-methods"] = list(spec.methods)
         if spec.only is not None:

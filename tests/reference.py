@@ -41,3 +41,33 @@ def figure_7(
         m = 0.9 * m + 0.1 * g
         v = 0.999 * v + 0.001 * g * g
         x = x - lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+
+
+def adam(
+    loss: Callable[[Tensor], Tensor], start: Tensor, *, lr: float, target: float, most: int, decay: float = 0.0
+) -> tuple[Tensor, int, float]:
+    """Adam (AdamW with a decay) on one image's variable until its loss is below the target: best, steps, its loss."""
+    x, m, v = start.double().clone(), 0.0, 0.0
+    best, least = x, math.inf
+    for step in range(most + 1):
+        leaf = x.clone().requires_grad_()
+        value = loss(leaf)
+        if value.item() <= least:
+            best, least = x, value.item()
+        if value.item() < target or step == most:
+            return best, step, least
+        (g,) = torch.autograd.grad(value, leaf)
+        x = x * (1 - lr * decay)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        x = x - lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+    raise AssertionError
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, start: int = 0, c: float = 1.0, heard: int | None = None) -> Tensor:
+    """One head of one row: the start token's logit times c, and logits from place `heard` on at minus infinity."""
+    logits = q @ k.T / math.sqrt(q.shape[1])
+    logits[:, start] *= c
+    if heard is not None:
+        logits[:, heard:] = -math.inf
+    weights = logits.exp() / logits.exp().sum(1, keepdim=True)
+    return weights @ v

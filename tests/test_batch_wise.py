@@ -29,7 +29,7 @@ def test_agrees_with_algorithm_1(seed: int, batch: int, gamma: float, rho: float
         expected = algorithm_1(x[image], exact, gamma=gamma, rho=rho, M=steps)
         torch.testing.assert_close(adjusted[image], expected, atol=1e-10, rtol=1e-10)
         # in float32 the network's own rounding comes back amplified: bounded as a whole, not element by element
-        assert (single[image] - expected).norm() < 1e-5 * expected.norm()
+        assert (single[image] - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_costs_two_evaluations_a_step_and_none_where_nothing_changes() -> None:

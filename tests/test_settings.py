@@ -6,7 +6,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib_memnoise.mitigations import METHODS
@@ -46,6 +46,8 @@ def valid(name: str) -> st.SearchStrategy[Any]:
 def mappings(draw: st.DrawFn) -> dict[str, Any]:
     method = draw(st.sampled_from(list(METHODS)))
     deciding = {"method": method, **{name: draw(valid(name)) for name in DECIDING if name != "method"}}
+    if METHODS[method].module == "transition" and deciding["guidance"] == "first":
+        deciding["guidance"] = "method"
     names = [n for n in SPECS if n not in (*DECIDING, "enabled") and is_used(n, deciding)]
     chosen = draw(st.lists(st.sampled_from(names), unique=True))
     return {"enabled": True, **deciding, **{name: draw(valid(name)) for name in chosen}}
@@ -69,6 +71,7 @@ def test_infotext_restores_the_settings(given_: dict[str, Any], preset: str) -> 
         assert used(again) == {n: v for n, v in again.resolved("relative").of_method().items() if n != "preset"}
 
 
+@settings(deadline=None)
 @given(mappings())
 def test_everything_accepted_satisfies_the_published_schema(given_: dict[str, Any]) -> None:
     from_mapping(given_)
@@ -101,10 +104,13 @@ def test_booleans_are_not_numbers_and_bounds_are_inclusive(name: str) -> None:
 def test_other_mistakes() -> None:
     with pytest.raises(SettingError, match=r"no setting 'taw'; it has enabled, method"):
         from_mapping({"taw": 900})
-    with pytest.raises(SettingError, match=r"lr = 0.1 belongs to the method per_sample, but the method is batch_wise"):
+    with pytest.raises(
+        SettingError,
+        match=r"lr = 0.1 belongs to the methods per_sample, prompt_embedding and sail, but the method is batch_wise",
+    ):
         from_mapping({"lr": 0.1})
     with pytest.raises(
-        SettingError, match=r'method = "wise" is not valid; it must be one of batch_wise, per_sample, none'
+        SettingError, match=r'method = "wise" is not valid; it must be one of batch_wise, per_sample, static, dynamic'
     ):
         from_mapping({"method": "wise"})
     with pytest.raises(SettingError, match=r"tau = 900 is used only where guidance is tau, but it is first\."):

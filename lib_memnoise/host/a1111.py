@@ -21,17 +21,19 @@ from torch import Tensor
 
 from lib_memnoise.generation import REPORT_KEYS, Generation, ImageReport, report_infotext
 from lib_memnoise.guidance import ALWAYS, Start, make_start
-from lib_memnoise.host import calibrations, traces
+from lib_memnoise.host import calibrations, traces, words
 from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.calibrations import parameterization
 from lib_memnoise.host.drawn import trace_as_drawn
 from lib_memnoise.host.gate import GATE, Gate
 from lib_memnoise.host.gradients import frozen_network, run_leanly
-from lib_memnoise.host.predictor import Interrupted, Predictor, Unsupported, empty_prompt, make_predictor
+from lib_memnoise.host.hearing import Hearing, reported
+from lib_memnoise.host.predictor import Predictor, empty_prompt, make_predictor
+from lib_memnoise.host.refusals import Interrupted, Unsupported
 from lib_memnoise.host.rows import Cond
 from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations import METHODS
-from lib_memnoise.mitigations.outcome import Outcome, Scored, choose, run, run_some
+from lib_memnoise.mitigations.outcome import Initial, Outcome, Scored, choose, run, run_some
 from lib_memnoise.settings import INFOTEXT, Settings, preset_for, size_factor, to_infotext
 
 
@@ -128,7 +130,8 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
                 as_host=is_measured_first(settings),
             )
             settings = resolved(generation, noise, predictor.step.t, reports)
-            outcome = adjusted(noise, predictor, settings, reports)
+            outcome = adjusted(noise, predictor, settings, reports, initial_of(p, predictor))
+            hearing = Hearing(p, c, outcome.prompts, reports) if outcome.prompts else None
             if settings.trace == "compare" and not p.is_hr_pass and not torch.equal(outcome.x, noise):
                 compare(p, noise, c, uc, predictor, settings, empty, reports)
     except Interrupted:
@@ -140,6 +143,7 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
         noise.copy_(outcome.x)
         t = predictor.step.t
         fill_reports(reports, outcome)
+        reported(outcome.prompts, reports)
         starts = starts_of(reports, settings)
         for report, start in zip(reports, starts):
             if not report.left_alone:
@@ -157,6 +161,7 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
             exact=settings.exact_batches and any(report.left_alone for report in reports),
             reference=settings.reference,
             empty=empty,
+            hearing=hearing,
             expected_t=t,
             answers=predictor.answers,
             fail_instead=generation.fail_instead,
@@ -222,25 +227,37 @@ def is_measured_first(settings: Settings) -> bool:
     return settings.when == "flagged" or settings.method == "none"
 
 
-def adjusted(noise: Tensor, predictor: Predictor, settings: Settings, reports: list[ImageReport]) -> Outcome:
-    """Score the images if that is asked for, and adjust those that are to be mitigated."""
-    kind = parameterization()
+def initial_of(p: Any, predictor: Predictor) -> Initial:
+    """What a method may know of the batch besides its noise."""
+    return Initial(
+        parameterization(),
+        alpha_bar=float(shared.sd_model.alphas_cumprod[round(predictor.step.t)]),
+        seeds=list(p.seeds),
+        texts=list(p.hr_prompts if p.is_hr_pass else p.prompts),
+        vocabulary=words.Vocabulary,
+    )
 
-    def way(x: Tensor, delta: Any) -> Outcome:
+
+def adjusted(
+    noise: Tensor, predictor: Predictor, settings: Settings, reports: list[ImageReport], initial: Initial
+) -> Outcome:
+    """Score the images if that is asked for, and adjust those that are to be mitigated."""
+
+    def way(x: Tensor, delta: Any, initial: Initial) -> Outcome:
         if not METHODS[settings.method].needs_gradient:
-            return run(x, delta, settings, parameterization=kind)
+            return run(x, delta, settings, initial)
         with frozen_network():
             # With a gradient, what is known of the score is of no use.
             network = delta.inner if isinstance(delta, Scored) else delta
             assert isinstance(network, Predictor)
-            return run_leanly(x, network, settings, parameterization=kind)
+            return run_leanly(x, network, settings, initial)
 
     if not is_measured_first(settings):
-        return way(noise, predictor)
-    choice = choose(noise, predictor, settings, parameterization=kind)
+        return way(noise, predictor, initial)
+    choice = choose(noise, predictor, settings, initial)
     for i, report in enumerate(reports):
         report.threshold, report.left_alone = choice.threshold, i not in choice.images
-    return run_some(choice.images, noise, Scored(predictor, choice.known), way)
+    return run_some(choice.images, noise, Scored(predictor, choice.known), initial, way)
 
 
 def fill_reports(reports: list[ImageReport], outcome: Outcome) -> None:

@@ -45,6 +45,18 @@ def calibrate(body: Any = Body(default={})) -> Any:  # noqa: B008
     return answered(run)
 
 
+def compare(body: Any = Body(...)) -> Any:  # noqa: B008
+    """`POST /memnoise/v1/compare`: the same seeds with several methods, as a labelled grid and numbers."""
+    from lib_memnoise.host import compare
+
+    def run() -> Any:
+        request = compare.parse(body)
+        with scoring.queued("memnoise-compare"):
+            return compare.answer(*request)
+
+    return answered(run)
+
+
 def listed() -> Any:
     """`GET /memnoise/v1/calibrations`."""
     return [scoring.summary(calibration) for calibration in calibrations.store().all()]
@@ -62,6 +74,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("GET", "schema", json_schema),
     ("POST", "score", score),
     ("POST", "calibrate", calibrate),
+    ("POST", "compare", compare),
     ("GET", "calibrations", listed),
     ("GET", "trace/{name}", trace),
 )

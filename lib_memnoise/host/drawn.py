@@ -12,7 +12,8 @@ from lib_memnoise.generation import ImageReport
 from lib_memnoise.guidance import Start
 from lib_memnoise.host.gate import Gate
 from lib_memnoise.host.handover import Answers
-from lib_memnoise.host.predictor import Predictor, raise_if_interrupted
+from lib_memnoise.host.predictor import Predictor
+from lib_memnoise.host.refusals import raise_if_interrupted
 
 
 def trace_as_drawn(

@@ -12,9 +12,11 @@ import torch
 from modules import shared
 from torch import Tensor
 
+from lib_memnoise.attention import PLAIN, Row
 from lib_memnoise.generation import ImageReport, TracePoint
 from lib_memnoise.guidance import Start, transition_point
 from lib_memnoise.host.handover import Answers, Handover
+from lib_memnoise.host.hearing import Hearing
 from lib_memnoise.host.predictor import (
     conditioning,
     follows_negative,
@@ -52,6 +54,7 @@ class Gate:
         exact: bool,
         reference: str,
         empty: Callable[[], Cond],
+        hearing: Hearing | None = None,
         expected_t: float,
         answers: Answers,
         fail_instead: bool,
@@ -64,6 +67,7 @@ class Gate:
         self.exact = exact
         self.reference = reference
         self.empty = empty
+        self.hearing = hearing
         self.expected_t: float | None = expected_t
         self.answers = answers
         self.fail_instead = fail_instead
@@ -89,6 +93,8 @@ class Gate:
         self._native: dict[int, Tensor] = {}
         self._scale: float | None = None
         """The CFG scale with which the host combines this step's rows; None where it leaves the unconditional out."""
+        self._heard: list[Row] = []
+        """How the prompts' rows are attended to; empty: as usual."""
         self._latents: Any = None
         self._image_cond: Any = None
         self._cond: Cond = None
@@ -115,6 +121,8 @@ class Gate:
         if self.error is not None:
             return
         try:
+            if self.hearing is not None:
+                self._hear(self.hearing, denoiser, params)
             self._plan(denoiser, params)
         except Exception as error:
             self._give_up(error)
@@ -122,10 +130,20 @@ class Gate:
     def _give_up(self, error: Exception) -> None:
         """Go on with guidance as it would be without memnoise, and say so; or let `forward` fail the request."""
         self.error = error
-        self._off, self._given = set(), {}
+        self._off, self._given, self._heard = set(), {}, []
+        what = "guidance could not be held back" if self.hearing is None else "the prompt could not be changed"
         for report in self.reports:
             if not report.left_alone:
-                report.failed = report.failed or f"guidance could not be held back: {error}"
+                report.failed = report.failed or f"{what}: {error}"
+
+    def _hear(self, hearing: Hearing, denoiser: Any, params: Any) -> None:
+        """Other conditions for this step. The host takes them from here; its own objects are not touched."""
+        params.text_cond, params.text_uncond, heard = (
+            hearing.text_cond(denoiser, params.text_cond),
+            hearing.text_uncond(denoiser, params.text_uncond),
+            hearing.rows(denoiser),
+        )
+        self._heard = heard if any(row != PLAIN for row in heard) else []
 
     def _plan(self, denoiser: Any, params: Any) -> None:
         self._weights = [[part.weight for part in parts] for parts in denoiser.sampler.sampler_extra_args["cond"].batch]
@@ -140,7 +158,7 @@ class Gate:
         off = {i for i in range(batch) if self.reports[i].failed is None and self.starts[i].is_off(t)}
         if params.x.shape[0] != len(self._owners):
             self._weights = []  # nothing is known of these rows
-            if off:
+            if off or self._heard:
                 raise RuntimeError("another extension changed the batch")
         if not off:
             return
@@ -160,7 +178,8 @@ class Gate:
         """The prompts as the host evaluates them, and what is followed while guidance is off."""
         cond, uncond = pad_unconditional(denoiser, params.text_cond, params.text_uncond)
         if not follows_negative(self.p, self.reference):
-            empty = select_rows(self.empty(), [0] * batch)
+            empty = self.empty()
+            empty = select_rows(empty, [0] * batch) if self.hearing is None else self.hearing.empty(empty, batch)
             uncond = pad_unconditional(denoiser, params.text_cond, empty)[1]
         return cond, uncond
 
@@ -191,16 +210,22 @@ class Gate:
 
     def _ask(self, rows: list[int], x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         """The host's own network wrapper, for these of its rows; those that the network sees are counted."""
-        out = self._evaluate([self._owners[row] for row in rows if row < len(self._owners)], x, sigma, **kwargs)
+        out = self._evaluate(rows, x, sigma, **kwargs)
         if self.tracing and self._weights:
             self._native.update(zip(rows, self._handover.native.detach()))
             self._trace_guided()
         return out
 
-    def _evaluate(self, images: list[int], x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
-        out: Tensor = self._forward(x, sigma, **kwargs)
-        for image, known in zip(images, self._handover.known):
-            self.reports[image].forward_rows += not known
+    def _evaluate(self, rows: list[int], x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        if self._heard:
+            self._handover.heard = [self._heard[row] if row < len(self._heard) else PLAIN for row in rows]
+        try:
+            out: Tensor = self._forward(x, sigma, **kwargs)
+        finally:
+            self._handover.heard = []
+        for row, known in zip(rows, self._handover.known):
+            if row < len(self._owners):
+                self.reports[self._owners[row]].forward_rows += not known
         return out
 
     def _rows_of(self, image: int) -> tuple[list[int], int]:
@@ -219,30 +244,31 @@ class Gate:
         """Evaluate what images without guidance are given, and see whether it starts in this very step."""
         watched = [image for image in images if self.tracing or self.starts[image].hears]
         prompts = [row for image in watched for row in self._rows_of(image)[0]]
+        others = [self._rows_of(image)[1] for image in images]
         unconditional = conditioning(
             select_rows(self._uncond, images),
-            self._image_cond[[self._rows_of(image)[1] for image in images]],
+            self._image_cond[others],
             unconditional=True,
         )
-        owners = [self._owners[row] for row in prompts]
         conditional = (
             conditioning(select_rows(self._cond, prompts), self._image_cond[prompts], unconditional=False)
             if prompts
             else {}
         )
 
-        def ask(images: list[int], cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
-            out = self._evaluate(images, self._latents[images], sigma[:1].expand(len(images)), cond=cond)
+        def ask(rows: list[int], cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
+            latents = self._latents[[self._owners[row] for row in rows]]
+            out = self._evaluate(rows, latents, sigma[:1].expand(len(rows)), cond=cond)
             return out, self._handover.native.detach()
 
         if prompts and tokens(self._cond) == tokens(self._uncond) and shared.opts.batch_cond_uncond:
-            out, native = ask(owners + images, joined(conditional, unconditional))
+            out, native = ask(prompts + others, joined(conditional, unconditional))
             outs, natives = out[: len(prompts)], native[: len(prompts)]
             out, native = out[len(prompts) :], native[len(prompts) :]
         else:
             if prompts:
-                outs, natives = ask(owners, conditional)
-            out, native = ask(images, unconditional)
+                outs, natives = ask(prompts, conditional)
+            out, native = ask(others, unconditional)
 
         for k, image in enumerate(images):
             start, (own, last) = self.starts[image], self._rows_of(image)

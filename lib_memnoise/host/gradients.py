@@ -13,7 +13,7 @@ from torch import Tensor
 from lib_memnoise.checkpointing import checkpointed
 from lib_memnoise.host.predictor import Predictor
 from lib_memnoise.memory import is_out_of_memory
-from lib_memnoise.mitigations.outcome import Outcome, run, run_each
+from lib_memnoise.mitigations.outcome import Initial, Outcome, run, run_each
 from lib_memnoise.settings import Settings
 
 
@@ -72,7 +72,7 @@ def first_attempt(x: Tensor, rows: int, free: float) -> Lean:
     return next((lean for lean, kept in KEPT.items() if kept * size * rows * pixels < free), Lean.ONE_BY_ONE)
 
 
-def run_leanly(x: Tensor, delta: Predictor, settings: Settings, *, parameterization: str) -> Outcome:
+def run_leanly(x: Tensor, delta: Predictor, settings: Settings, initial: Initial) -> Outcome:
     """`run` in the fastest way that memory allows; out of memory, it is tried again in a leaner one.
 
     What an attempt evaluated stays counted. Raises what the leanest attempt raises.
@@ -84,7 +84,7 @@ def run_leanly(x: Tensor, delta: Predictor, settings: Settings, *, parameterizat
         try:
             with checkpointed(shared.sd_model.model.diffusion_model) if lean else contextlib.nullcontext():
                 way = run_each if lean is Lean.ONE_BY_ONE else run
-                outcome = way(x, delta, settings, parameterization=parameterization)
+                outcome = way(x, delta, settings, initial)
             if lean:
                 outcome.used["gradient"] = WORDS[lean].replace(" ", "_")
             return outcome

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from modules import shared
 from torch import Tensor
 
+from lib_memnoise.attention import PLAIN, Row, scaled
 from lib_memnoise.host.rows import select_rows
 
 
@@ -21,10 +24,12 @@ class Answer:
     t: Tensor
     cond: Any
     out: Tensor
+    heard: Row = PLAIN
+    """How its prompt was attended to."""
 
-    def is_to(self, x: Tensor, t: Tensor, cond: Any) -> bool:
+    def is_to(self, x: Tensor, t: Tensor, cond: Any, heard: Row) -> bool:
         """Whether this very row is asked for again."""
-        return equal(self.t, t) and equal(self.x, x) and equal(self.cond, cond)
+        return self.heard == heard and equal(self.t, t) and equal(self.x, x) and equal(self.cond, cond)
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -67,9 +72,9 @@ class Answers:
         if image not in self.of_image or magnitude <= self.of_image[image][0]:
             self.of_image[image] = magnitude, rows
 
-    def find(self, x: Tensor, t: Tensor, cond: Any) -> Tensor | None:
+    def find(self, x: Tensor, t: Tensor, cond: Any, heard: Row) -> Tensor | None:
         every = (answer for _, rows in self.of_image.values() for answer in rows)
-        return next((answer.out for answer in every if answer.is_to(x, t, cond)), None)
+        return next((answer.out for answer in every if answer.is_to(x, t, cond, heard)), None)
 
 
 class Handover:
@@ -82,6 +87,8 @@ class Handover:
         """Which rows of the last call were known."""
         self.native: Tensor = torch.empty(0)
         """The network's native output for the rows of the last call."""
+        self.heard: list[Row] = []
+        """How the rows of the next call are attended to; empty: as usual."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -93,12 +100,14 @@ class Handover:
         self.known = [output is not None for output in outputs]
         rest = [row for row, known in enumerate(self.known) if not known]
         if len(rest) == len(x):
-            self.native = self._model.apply_model(x, t, *args, **kwargs)
+            with self._attending(rest):
+                self.native = self._model.apply_model(x, t, *args, **kwargs)
             return self.native
         if rest:
-            asked = self._model.apply_model(
-                x[rest], t[rest], *select_rows(list(args), rest), **select_rows(kwargs, rest)
-            )
+            with self._attending(rest):
+                asked = self._model.apply_model(
+                    x[rest], t[rest], *select_rows(list(args), rest), **select_rows(kwargs, rest)
+                )
             for row, output in zip(rest, asked):
                 outputs[row] = output
         self.native = torch.stack([output for output in outputs if output is not None])
@@ -107,4 +116,12 @@ class Handover:
     def _known(self, x: Tensor, t: Tensor, cond: Any) -> list[Tensor | None]:
         if not self._answers.of_image or self._answers.state != network_state():
             return [None] * len(x)
-        return [self._answers.find(x[row], t[row], select_rows(cond, [row])) for row in range(len(x))]
+        heard = self.heard or [PLAIN] * len(x)
+        return [self._answers.find(x[row], t[row], select_rows(cond, [row]), heard[row]) for row in range(len(x))]
+
+    def _attending(self, rows: list[int]) -> AbstractContextManager[None]:
+        """Around an evaluation of these rows of the call."""
+        heard = [self.heard[row] for row in rows] if self.heard else []
+        if all(row == PLAIN for row in heard):
+            return contextlib.nullcontext()
+        return scaled(shared.sd_model.model.diffusion_model, heard)

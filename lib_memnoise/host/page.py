@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
-from modules import call_queue, processing
+from modules import call_queue, images, processing, shared
 
 from lib_memnoise.calibration import ordinary_prompts
 from lib_memnoise.host import scoring
 from lib_memnoise.host.traces import STORE
+from lib_memnoise.mitigations import METHODS
 from lib_memnoise.settings import INFOTEXT
 
 JS = "_js" if gr.__version__.startswith("3.") else "js"
@@ -51,6 +52,21 @@ class Page:
         with gr.Row():
             self.check = gr.Button("Check prompt", elem_id=elem_id("check"))
             self.calibrate = gr.Button("Calibrate checkpoint", elem_id=elem_id("calibrate"))
+        with gr.Accordion("Compare methods", open=False, elem_id=elem_id("comparison")):
+            self.methods = gr.Dropdown(
+                choices=[method.label for method in METHODS.values()],
+                value=[METHODS[name].label for name in USUAL],
+                multiselect=True,
+                label="Methods, each by its preset",
+                elem_id=elem_id("compared"),
+            )
+            self.reference = gr.Image(
+                type="pil", label="Picture that must not be copied (optional)", elem_id=elem_id("reference")
+            )
+            self.compare = gr.Button("Compare methods", elem_id=elem_id("compare"))
+            self.grid = gr.Image(label="The same seeds by every method", visible=False, elem_id=elem_id("grid"))
+            for component in (self.methods, self.reference, self.grid):
+                component.do_not_save_to_config = True
         self.verdict = gr.HTML("", elem_id=elem_id("verdict"))
         self.words = gr.HighlightedText(
             label="Words that guidance follows most", visible=False, show_legend=False, elem_id=elem_id("words")
@@ -70,10 +86,21 @@ class Page:
                 show_progress=False,
                 **{JS: "memnoiseTask"},
             )
+        function = call_queue.wrap_gradio_gpu_call(comparing(names), extra_outputs=[gr.update()])
+        self.compare.click(
+            fn=function,
+            inputs=[self.task, self.methods, self.reference, *found],
+            outputs=[self.grid, self.verdict],
+            show_progress=False,
+            **{JS: "memnoiseTask"},
+        )
         made.component.change(
             fn=plotted, inputs=[made.component], outputs=[self.plot], show_progress=False, queue=False
         )
 
+
+USUAL = ("none", "static", "batch_wise", "per_sample")
+"""The methods compared if nothing else is asked for."""
 
 Answer = tuple[list[tuple[str, float]], str]
 """Words with their significance, and HTML."""
@@ -92,15 +119,48 @@ def answering(run: Callable[[dict[str, Any]], Answer], names: Sequence[str]) -> 
     return answer
 
 
-def checked(given: dict[str, Any]) -> Answer:
-    """Scores of the batch that Generate would make, as a table, and the words that they come from."""
+def comparing(names: Sequence[str]) -> Callable[..., list[Any]]:
+    """The function of "Compare methods"."""
+
+    def answer(task: Any, methods: Any, reference: Any, *values: Any) -> list[Any]:
+        from lib_memnoise.host import compare
+
+        given = dict(zip(names, values))
+        try:
+            by_label = {method.label: name for name, method in METHODS.items()}
+            body = {**numbers(seeded(given)), "methods": [by_label[label] for label in methods or []]}
+            request, chosen, picture = compare.parse({**body, "reference": reference})
+            result = compare.compare(request, chosen, picture)
+        except scoring.REFUSALS as error:
+            return [gr.update(visible=False), f"<div class='error'>{html.escape(scoring.said(error))}</div>"]
+        if shared.opts.grid_save:
+            images.save_image(
+                result.grid, shared.opts.outdir_grids or shared.opts.outdir_txt2img_grids, "memnoise", grid=True,
+                info=f"{request.prompts[0]}\nSteps: {request.steps}, Sampler: {request.sampler_name}, "
+                f"CFG scale: {request.cfg_scale:g}, Seed: {result.cells[0].seed}, Script: Memnoise comparison",
+            )  # fmt: skip
+        told = [
+            f"{METHODS[cell.method].label}, seed {cell.seed}: {cell.failed}" for cell in result.cells if cell.failed
+        ]
+        told += ["Interrupted: the other methods are missing"] if result.stopped else []
+        return [gr.update(value=result.grid, visible=True), "".join(f"<p>{html.escape(text)}.</p>" for text in told)]
+
+    return answer
+
+
+def seeded(given: dict[str, Any]) -> dict[str, Any]:
+    """The seeds of the batch that Generate would make, in place of the first and the batch's size."""
     count = int(given.pop("batch_size", 1))
     first = int(processing.get_fixed_seed(given.pop("seed", -1)))
-    request = scoring.parse({**numbers(given), "seeds": [first + k for k in range(count)], "words": True})
-    answer = scoring.answer(request)
-    images = answer["images"]
-    significance = [sum(image["words"][k][1] for image in images) / count for k in range(len(images[0]["words"]))]
-    words = [(f"{word} ", size) for (word, _), size in zip(images[0]["words"], significance)]
+    return {**given, "seeds": [first + k for k in range(count)]}
+
+
+def checked(given: dict[str, Any]) -> Answer:
+    """Scores of the batch that Generate would make, as a table, and the words that they come from."""
+    answer = scoring.answer(scoring.parse({**numbers(seeded(given)), "words": True}))
+    found = answer["images"]
+    significance = [sum(image["words"][k][1] for image in found) / len(found) for k in range(len(found[0]["words"]))]
+    words = [(f"{word} ", size) for (word, _), size in zip(found[0]["words"], significance)]
     return words, table(answer)
 
 

@@ -11,23 +11,12 @@ from modules import devices, prompt_parser, shared
 from torch import Tensor
 
 from lib_memnoise.generation import ImageReport
+from lib_memnoise.host import words
 from lib_memnoise.host.handover import Answer, Answers, network_state
+from lib_memnoise.host.refusals import Unsupported, raise_if_interrupted
 from lib_memnoise.host.rows import Cond, select_rows
-from lib_memnoise.prediction import Delta, magnitude, per_image
-
-
-class Interrupted(Exception):
-    """The user asked to interrupt or skip."""
-
-
-class Unsupported(RuntimeError):
-    """What memnoise cannot work with, in one sentence."""
-
-
-def raise_if_interrupted() -> None:
-    # A direct call of the network bypasses the host's own check.
-    if shared.state.interrupted or shared.state.skipped:
-        raise Interrupted
+from lib_memnoise.host.words import CHUNK
+from lib_memnoise.prediction import magnitude, per_image
 
 
 def tokens(cond: Cond) -> int:
@@ -182,6 +171,10 @@ class Predictor:
     """Takes what the sampler may ask again."""
     host_uncond: Cond = None
     """The host's own unconditional rows, where these are others than `uncond`."""
+    length: int = 0
+    """Tokens of the prompts before any padding to another length."""
+    unconditional: Tensor | None = None
+    """The native outputs of the unconditional rows, where they are known."""
     calls: tuple[tuple[int, int], ...] = ()
     """If given, the host's rows are evaluated in these calls, as its first step would (`host_calls`)."""
 
@@ -190,7 +183,7 @@ class Predictor:
         """Network rows of one evaluation."""
         return sum(len(part) + 1 for part in self.parts)
 
-    def select(self, images: list[int]) -> Delta:
+    def select(self, images: list[int]) -> Predictor:
         return replace(
             self,
             parts=[self.parts[i] for i in images],
@@ -214,7 +207,12 @@ class Predictor:
 
         conditional = conditioning(cond, self.image_cond[owners], unconditional=False)
         unconditional = conditioning(self.uncond, self.image_cond, unconditional=True)
-        if self.calls:
+        if self.unconditional is not None:
+            evaluated = [
+                (conditional, self._network(inputs[owners], conditional)),
+                (unconditional, self.unconditional),
+            ]
+        elif self.calls:
             evaluated = self._as_host(inputs, owners, cond, conditional, unconditional)
         elif tokens(cond) == tokens(self.uncond) and getattr(shared.opts, "batch_cond_uncond", True):
             out = self._network(torch.cat([inputs[owners], inputs]), joined(conditional, unconditional))
@@ -235,11 +233,48 @@ class Predictor:
         value = magnitude(delta.detach()).tolist()
         kept = self._keep(value, inputs, owners, evaluated)
         for report, measured, rows in zip(self.reports, value, kept):
-            report.forward_rows += len(rows)
+            report.forward_rows += len(rows) - (self.unconditional is not None)
             report.before = measured if report.before is None else report.before
         if delta.requires_grad:
             delta.register_hook(self._count_backward)
         return delta
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """See `lib_memnoise.prediction.PromptedDelta`."""
+        every = words.vectors(self.cond)
+        return [every[[row for row, _ in part]] for part in self.parts]
+
+    @property
+    def fixed(self) -> list[int]:
+        """Start tokens, one for each chunk, and what only pads to the negative prompt's length."""
+        return [place for place in range(tokens(self.cond)) if place % CHUNK == 0 or place >= self.length]
+
+    def hearing(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
+        """See `lib_memnoise.prediction.PromptedDelta`."""
+        known: list[Tensor] = []
+
+        def delta(vectors: list[Tensor], images: list[int]) -> Tensor:
+            part = self.select(images)
+            rows = [row for own in part.parts for row, _ in own]
+            # Rows of the condition are now in the order of the images.
+            weights, parts, next_row = [[weight for _, weight in own] for own in part.parts], [], 0
+            for own in weights:
+                parts.append([(next_row + k, weight) for k, weight in enumerate(own)])
+                next_row += len(own)
+            heard = torch.cat(vectors).to(words.vectors(self.cond).dtype)
+            part = replace(part, parts=parts, cond=words.with_vectors(select_rows(self.cond, rows), heard))
+            if not known:
+                with torch.no_grad():
+                    known.append(self._unconditional(x))
+            return replace(part, unconditional=known[0][images])(x[images])
+
+        return delta
+
+    def _unconditional(self, x: Tensor) -> Tensor:
+        for report in self.reports:
+            report.forward_rows += 1
+        return self._network(self.step.network_input(x), conditioning(self.uncond, self.image_cond, unconditional=True))
 
     def _as_host(
         self, inputs: Tensor, owners: list[int], cond: Cond, conditional: dict[str, Any], unconditional: dict[str, Any]
@@ -278,7 +313,8 @@ class Predictor:
         rows: list[list[Answer]] = [[] for _ in value]
         for k, (cond, out) in enumerate(evaluated):
             for row, image in enumerate(range(len(value)) if k else owners):
-                rows[image].append(Answer(inputs[image].detach(), t, select_rows(cond, [row]), out[row].detach()))
+                own = detached(select_rows(cond, [row]))
+                rows[image].append(Answer(inputs[image].detach(), t, own, out[row].detach()))
         for image, measured, kept in zip(self.images, value, rows):
             self.answers.keep(image, measured, kept)
         return rows
@@ -287,12 +323,21 @@ class Predictor:
         raise_if_interrupted()
         for report, part, norm in zip(self.reports, self.parts, magnitude(gradient).tolist()):
             if norm:
-                report.backward_rows += len(part) + 1
+                report.backward_rows += len(part) + (self.unconditional is None)
 
     def _network(self, inputs: Tensor, cond: dict[str, Any]) -> Tensor:
         timestep = self.step.timestep.expand(inputs.shape[0])
         out: Tensor = shared.sd_model.apply_model(inputs, timestep, cond=cond)
         return out
+
+
+def detached(value: Any) -> Any:
+    """The same tensors, in nested lists and dicts, without their history."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, Mapping):
+        return {key: detached(entry) for key, entry in value.items()}
+    return [detached(entry) for entry in value] if isinstance(value, list) else value
 
 
 def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -344,6 +389,7 @@ def make_predictor(
         cond=cond,
         uncond=uncond,
         image_cond=p.txt2img_image_conditioning(x),
+        length=tokens(given),
         reports=reports,
         images=list(range(len(parts))),
         answers=Answers(),

@@ -23,7 +23,8 @@ from lib_memnoise.generation import ImageReport
 from lib_memnoise.host import calibrations, words
 from lib_memnoise.host.a1111 import EmptyPrompt, checkpoint_preset, left_as_it_was, raise_if_unsupported
 from lib_memnoise.host.gradients import Lean, first_attempt, free_memory, frozen_network
-from lib_memnoise.host.predictor import Interrupted, Predictor, Unsupported, make_predictor
+from lib_memnoise.host.predictor import Predictor, make_predictor
+from lib_memnoise.host.refusals import Interrupted, Unsupported
 from lib_memnoise.prediction import magnitude
 from lib_memnoise.settings import PRESET_VALUES, Settings, size_factor
 

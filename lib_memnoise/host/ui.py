@@ -14,7 +14,7 @@ from modules.ui_components import FormGroup, InputAccordion
 from lib_memnoise.host.arguments import CONTROLS, SLOTS
 from lib_memnoise.host.page import JS, Page
 from lib_memnoise.mitigations import METHODS
-from lib_memnoise.settings import DEFAULTS, PRESET_VALUES, SPECS, from_infotext, is_used, shown, type_of
+from lib_memnoise.settings import DEFAULTS, PRESET_VALUES, SPECS, from_infotext, is_used, preset_values, shown, type_of
 
 
 def initial(name: str) -> Any:
@@ -73,10 +73,10 @@ def build(elem_id: Callable[[str], str], page: Page) -> tuple[list[Any], list[tu
             for name in CONTROLS:
                 if SPECS[name].only is not None and not SPECS[name].advanced:
                     add(name)
-        for method in METHODS:
-            own = [name for name in CONTROLS if method in SPECS[name].methods and not SPECS[name].advanced]
+        for methods in dict.fromkeys(SPECS[name].methods for name in CONTROLS if SPECS[name].methods):
+            own = [name for name in CONTROLS if SPECS[name].methods == methods and not SPECS[name].advanced]
             if own:
-                with FormGroup(elem_classes=["memnoise-part", f"memnoise-{method}"]):
+                with FormGroup(elem_classes=["memnoise-part", *(f"memnoise-{method}" for method in methods)]):
                     for name in own:
                         add(name)
         with gr.Accordion("More", open=False, elem_id=elem_id("more")):
@@ -153,10 +153,12 @@ def preset_line(preset: str, method: str) -> str:
             if preset_line(key, method)
         ]
         return "; ".join(lines)
-    values = PRESET_VALUES[preset]
+    values = preset_values(preset, method)
     names = [name for name in SPECS if SPECS[name].preset and is_used(name, {"method": method})]
-    return ", ".join(f"{name} {values[name]}" for name in names if name != "target_kind") + (
-        " of the first magnitude" if method == "per_sample" and values["target_kind"] == "fraction" else ""
+    return ", ".join(
+        f"{name} {values[name]}" + (" of the first" if name == "target" and values["target_kind"] == "fraction" else "")
+        for name in names
+        if name != "target_kind" and (name, values[name]) != ("opposite", 0)
     )
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from modules import prompt_parser, shared
 from torch import Tensor
 
+from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.host.rows import Cond
+
+CHUNK = 77
+"""Tokens of a prompt come in chunks of this many, each with a start and an end of its own."""
 
 
 def vectors(cond: Cond) -> Tensor:
@@ -30,15 +35,81 @@ def step_texts(prompt: str, steps: int) -> list[str]:
     return [schedule[0][1] for schedule in schedules]
 
 
+def text_encoder() -> Any:
+    """The (first) text encoder, which has the prompts' tokens.
+
+    Raises:
+        Unsupported: none that memnoise knows.
+    """
+    found = next((encoder for encoder in text_encoders() if hasattr(encoder, "tokenize_line")), None)
+    if found is None:
+        raise Unsupported("the text encoder cannot be reached")
+    return found
+
+
+def text_encoders() -> list[Any]:
+    model = shared.sd_model
+    conditioner = getattr(model, "conditioner", None)
+    return [model.cond_stage_model] if conditioner is None else list(conditioner.embedders)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where in a prompt's condition its tokens are."""
+
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    """Of each chunk, the first end token."""
+    heard: tuple[int, ...]
+    """All that is no padding: starts, words and ends."""
+
+
+def places(text: str) -> Places:
+    """The places of a text's tokens."""
+    embedder = text_encoder()
+    chunks, _ = embedder.tokenize_line(text)
+    ends = [chunk.tokens.index(embedder.id_end) for chunk in chunks]
+    return Places(
+        starts=tuple(CHUNK * k for k in range(len(chunks))),
+        ends=tuple(CHUNK * k + end for k, end in enumerate(ends)),
+        heard=tuple(CHUNK * k + place for k, end in enumerate(ends) for place in range(end + 1)),
+    )
+
+
+class Vocabulary(Sequence[str]):
+    """The text encoder's ordinary tokens as text, decoded when asked for; "" for one that no prompt can spell."""
+
+    def __init__(self) -> None:
+        self._encoder = text_encoder()
+
+    def __len__(self) -> int:
+        return int(min(self._encoder.id_start, self._encoder.id_end))
+
+    def __getitem__(self, token: Any) -> Any:
+        text = decoded(self._encoder, int(token)).strip()
+        return "" if not text or "\ufffd" in text or any(c in text for c in SYNTAX) or not text.isprintable() else text
+
+
+SYNTAX = "()[]{}<>:|\\"
+"""Characters that mean something in a WebUI's prompt."""
+
+
+def decoded(embedder: Any, token: int) -> str:
+    """A token as it is written."""
+    tokenizer: Any = getattr(embedder.wrapped, "tokenizer", None)
+    if hasattr(tokenizer, "decode"):
+        return str(tokenizer.decode([token]))
+    import open_clip.tokenizer
+
+    return str(open_clip.tokenizer._tokenizer.decode([token]))
+
+
 def token_texts(text: str) -> list[str]:
     """What each place of the condition stands for: "" for the start, the end and padding.
 
     A word's last token ends in a blank.
     """
-    model = shared.sd_model
-    embedder = model.cond_stage_model
-    if not hasattr(embedder, "tokenize_line"):
-        embedder = model.conditioner.embedders[0]
+    embedder = text_encoder()
     chunks, _ = embedder.tokenize_line(text)
     found = []
     for chunk in chunks:

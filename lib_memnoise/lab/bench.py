@@ -5,16 +5,21 @@ The methods and the decision when guidance is on are the very code that the WebU
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from lib_memnoise.attention import PLAIN, Row, scaled
 from lib_memnoise.guidance import Start, make_start
 from lib_memnoise.lab.samplers import SAMPLERS
+from lib_memnoise.lab.sampling import alpha_bar
 from lib_memnoise.miniature.model import SHAPE, Miniature
-from lib_memnoise.mitigations.outcome import Outcome, Scored, choose, run, run_some
+from lib_memnoise.miniature.text import END, UNKNOWN, token_ids, vocabulary, words
+from lib_memnoise.mitigations import METHODS
+from lib_memnoise.mitigations.outcome import Initial, Outcome, Prompt, Scored, choose, run, run_some
 from lib_memnoise.prediction import Delta, magnitude
 from lib_memnoise.settings import Settings
 
@@ -36,20 +41,22 @@ class Network:
     cond: Tensor
     """`(B, 77, width)`."""
     uncond: Tensor
-    """`(1, 77, width)`: the empty prompt."""
+    """`(B, 77, width)`: the empty prompt."""
     image: Tensor
     """`(B,)`: where each image's rows are counted."""
     forward: Tensor
     backward: Tensor
     answers: dict[int, tuple[Tensor, float, Tensor, Tensor]]
     """Of each image, the input, timestep and outputs of its smallest Δ: the sampler's first question."""
+    heard: tuple[Row, ...] | None = None
+    """How each image's prompt is attended to; None: as usual."""
 
     def __call__(self, x: Tensor, t: float, conditional: bool, *, counted: bool = True) -> Tensor:
         """The native output under each image's prompt, or under the empty one."""
         if counted:
             self.forward[self.image] += 1
-        context = self.cond if conditional else self.uncond.expand(len(x), -1, -1)
-        return self.model(x, torch.full((len(x),), t), context)
+        context, heard = (self.cond, self.heard) if conditional else (self.uncond, None)
+        return self._evaluate(x, t, context, heard)
 
     def delta(self, x: Tensor, t: float, *, counted: bool = True) -> tuple[Tensor, Tensor]:
         """Δ(x, t) and the unconditional output, by two rows an image; none where the answer is known."""
@@ -63,13 +70,14 @@ class Network:
             return delta, unconditional
         if counted:
             self.forward[self.image] += 2
-        both = self.model(
-            torch.cat([x, x]),
-            torch.full((2 * len(x),), t),
-            torch.cat([self.cond, self.uncond.expand(len(x), -1, -1)]),
-        )
+        heard = None if self.heard is None else (*self.heard, *([PLAIN] * len(x)))
+        both = self._evaluate(torch.cat([x, x]), t, torch.cat([self.cond, self.uncond]), heard)
         conditional, unconditional = both.chunk(2)
         return conditional - unconditional, unconditional
+
+    def _evaluate(self, x: Tensor, t: float, context: Tensor, heard: Sequence[Row] | None) -> Tensor:
+        with contextlib.nullcontext() if heard is None else scaled(self.model.unet, heard):
+            return self.model(x, torch.full((len(x),), t), context)
 
     def _is_known(self, row: int, x: Tensor, t: float) -> bool:
         answer = self.answers.get(int(self.image[row]))
@@ -83,17 +91,49 @@ class Network:
                 self.answers[image] = x[row].detach(), t, delta[row].detach(), unconditional[row].detach()
 
     def of(self, images: list[int]) -> Network:
-        return replace(self, cond=self.cond[images], image=self.image[images])
+        heard = None if self.heard is None else tuple(self.heard[i] for i in images)
+        return replace(self, cond=self.cond[images], uncond=self.uncond[images], image=self.image[images], heard=heard)
 
-    def count_backward(self, gradient: Tensor) -> None:
-        """Two rows for each image whose Δ was differentiated."""
-        self.backward[self.image] += 2 * (magnitude(gradient) > 0)
+    def hearing(self, captions: Sequence[str], prompts: Mapping[int, Prompt]) -> Network:
+        """The network with these images' prompts heard otherwise; what was known of them is not any more."""
+        if not prompts:
+            return self
+        cond, uncond = self.cond.clone(), self.uncond.clone()
+        heard = [PLAIN] * len(captions)
+        for i, prompt in prompts.items():
+            changed = prompt.vectors is None
+            cond[i] = self._vectors(captions[i], prompt) if prompt.vectors is None else prompt.vectors[0]
+            if prompt.pad_zero:
+                uncond[i] = self._vectors("", replace(prompt, text=None, zero_end=False))
+            if prompt.attention is not None:
+                used = len(words(prompt.text or captions[i])) + 2
+                kept = tuple(range(used)) if prompt.attention.mask_padding else None
+                heard[i] = Row(prompt.attention.scale, (0,), kept)
+            if changed:
+                self.answers.pop(int(self.image[i]), None)
+        attended = any(row != PLAIN for row in heard)
+        return replace(self, cond=cond, uncond=uncond, heard=tuple(heard) if attended else None)
+
+    def _vectors(self, caption: str, prompt: Prompt) -> Tensor:
+        ids = token_ids([caption if prompt.text is None else prompt.text])
+        end = int((ids[0] == END).nonzero()[0])
+        if prompt.pad_zero:
+            ids[0, end + 1 :] = UNKNOWN  # token 0 is none that the miniature knows
+        with torch.no_grad():
+            vectors = self.model.text(ids)[0]
+        if prompt.zero_end:
+            vectors[end] = 0
+        return vectors
+
+    def count_backward(self, gradient: Tensor, rows: int = 2) -> None:
+        """Rows for each image whose Δ was differentiated."""
+        self.backward[self.image] += rows * (magnitude(gradient) > 0)
 
 
 def make_network(model: Miniature, captions: Sequence[str]) -> Network:
     """The network for a batch whose images have these captions, with its counts at zero."""
     count = torch.zeros(len(captions), dtype=torch.long)
-    cond, uncond = model.encode(captions), model.encode([""])
+    cond, uncond = model.encode(captions), model.encode([""]).expand(len(captions), -1, -1)
     return Network(model, cond, uncond, torch.arange(len(captions)), count, count.clone(), {})
 
 
@@ -115,8 +155,35 @@ class FirstDelta:
             delta.register_hook(self.network.count_backward)
         return delta
 
-    def select(self, images: list[int]) -> Delta:
+    def select(self, images: list[int]) -> FirstDelta:
         return replace(self, network=self.network.of(images))
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        return list(self.network.cond[:, None])
+
+    @property
+    def fixed(self) -> list[int]:
+        return [0]
+
+    def hearing(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
+        """See `lib_memnoise.prediction.PromptedDelta`."""
+        x, t = SAMPLERS[self.sampler].first(x, self.steps)
+        known: list[Tensor] = []
+
+        def delta(vectors: list[Tensor], images: list[int]) -> Tensor:
+            network = replace(self.network.of(images), cond=torch.cat(vectors))
+            if not known:
+                with torch.no_grad():
+                    known.append(self.network(x, t, False))
+            unconditional = known[0][images]
+            found = network(x[images], t, True) - unconditional
+            network.remember(x[images], t, found, unconditional)
+            if found.requires_grad:
+                found.register_hook(lambda gradient: network.count_backward(gradient, rows=1))
+            return found
+
+        return delta
 
 
 @dataclass
@@ -193,11 +260,15 @@ def generate(
     x: Tensor,
     settings: Settings,
     *,
+    seeds: Sequence[int] = (),
     sampler: str = "DDIM",
     steps: int = STEPS,
     looking: bool = False,
 ) -> Generated:
-    """Adjust the initial latents x `(B, 4, 16, 16)` as the settings say, and sample."""
+    """Mitigate the initial latents x `(B, 4, 16, 16)` as the settings say, and sample.
+
+    `seeds`, of each image, are what a method draws from; without, their places.
+    """
     network = make_network(model, captions)
     look = FirstDelta(network, sampler, steps, counted=False)
     with torch.no_grad():
@@ -208,20 +279,32 @@ def generate(
         settings = settings.resolved(PRESETS[model.parameterization])
         delta = FirstDelta(network, sampler, steps)
         flagged = list(range(len(x)))
+        _, first = SAMPLERS[sampler].first(x, steps)
+        initial = Initial(
+            model.parameterization,
+            alpha_bar=alpha_bar(round(first)),
+            seeds=list(seeds) or list(range(len(x))),
+            texts=captions,
+            vocabulary=lambda: [word for word in vocabulary() if word.isalpha()],
+        )
 
-        def way(x: Tensor, delta: Delta) -> Outcome:
-            return run(x, delta, settings, parameterization=model.parameterization)
+        def way(x: Tensor, delta: Delta, initial: Initial) -> Outcome:
+            return run(x, delta, settings, initial)
 
         if settings.when == "flagged":
-            choice = choose(x, delta, settings, parameterization=model.parameterization)
+            choice = choose(x, delta, settings, initial)
             flagged = choice.images
-            outcome = run_some(flagged, x, Scored(delta, choice.known), way)
+            # With a gradient, what is known of the score is of no use.
+            known = delta if METHODS[settings.method].needs_gradient else Scored(delta, choice.known)
+            outcome = run_some(flagged, x, known, initial, way)
         else:
-            outcome = way(x, delta)
+            outcome = way(x, delta, initial)
         adjusted = outcome.x
+        network = network.hearing(captions, outcome.prompts)
         starts = [make_start(settings) if i in flagged else Start() for i in range(len(x))]
     guided = Guided(network, starts, looking=looking)
     latents = SAMPLERS[sampler].sample(guided, adjusted, steps, model.parameterization)
     with torch.no_grad():
-        after = magnitude(look(adjusted))
+        # of the prompt as it was heard
+        after = magnitude(replace(look, network=network)(adjusted))
     return Generated(adjusted, latents, before, after, network.forward, network.backward, guided.trace, outcome)

@@ -7,7 +7,7 @@ here is what happens on it; it is no evidence about the checkpoints people use.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lib_memnoise.lab.bench import PER_SAMPLE
@@ -27,6 +27,34 @@ COMPARED: dict[str, Settings] = {
 }
 """The paper's settings where it has some for the variant."""
 
+
+def _with(method: str, **values: Any) -> Settings:
+    return Settings(enabled=True, method=method, **values)
+
+
+EVERY: dict[str, Settings] = {
+    "none": Settings(enabled=False),
+    "batch-wise": _with("batch_wise"),
+    "batch-wise, dynamic": _with("batch_wise", guidance="transition"),
+    "per-sample": PER_SAMPLE,
+    "per-sample, static tau 900": replace(PER_SAMPLE, guidance="tau", tau=900.0),
+    **{f"static tau {tau:g}": _with("static", tau=tau) for tau in (900.0, 820.0, 740.0)},
+    "dynamic": _with("dynamic"),
+    **{f"opposite guidance {s:g}": _with("opposite_guidance", opposite=s) for s in (1.0, 5.0)},
+    **{f"noise selection of {n}": _with("noise_selection", candidates=n) for n in (4, 16)},
+    **{f"random tokens {n}": _with("random_tokens", tokens=n) for n in (1, 4)},
+    **{
+        f"prompt embedding to {part:g}": _with("prompt_embedding", target=part, target_kind="fraction")
+        for part in (0.5, 0.25)
+    },
+    **{f"cross-attention {c:g}": _with("cross_attention", bos_scale=c) for c in (1.25, 2.0)},
+    "cross-attention 1.25, no mask": _with("cross_attention", mask_padding=False),
+    **{f"padding fix, {which}": _with("padding_fix", padding=which) for which in ("both", "pad", "end")},
+    "SAIL to 0.5": _with("sail", target=0.5, target_kind="fraction"),
+    **{f"DivIn {weight:g}": _with("divin", temperature=weight) for weight in (0.6, 0.01)},
+}
+"""Every method at values that the literature sweeps; targets are relative, for absolute ones belong to SD."""
+
 STATEMENT = (
     "A miniature Stable Diffusion (128 px, 7 million weights) that memorised some of its training pictures.\n"
     "It shows what the methods do and cost on it; it is no evidence about the checkpoints people use."
@@ -37,7 +65,7 @@ STATEMENT = (
 class Comparison:
     subjects: list[Subject]
     results: dict[str, Images]
-    """By the names of `COMPARED`."""
+    """By the methods' names."""
     records: list[dict[str, Any]]
 
 
@@ -64,9 +92,10 @@ def compare(
     sampler: str = "DDIM",
     steps: int = 50,
     looking: bool = False,
+    methods: Mapping[str, Settings] = COMPARED,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Comparison:
-    """Every method of `COMPARED` on the same noises.
+    """Every one of these methods on the same noises.
 
     Keys of a record: `method`; `settings`, as the API takes them; `prompts`; `images`, of each prompt; `similarity`,
     to the memorised picture; `copied`, the share of images whose similarity is above `COPIED`; `alignment`, the
@@ -86,10 +115,10 @@ def compare(
             looking=looking,
             progress=progress,
         )
-        for name, settings in COMPARED.items()
+        for name, settings in methods.items()
     }
     kind = model.parameterization
-    records = [record(name, COMPARED[name], kind, result) for name, result in results.items()]
+    records = [record(name, methods[name], kind, result) for name, result in results.items()]
     return Comparison(list(chosen), results, records)
 
 
@@ -109,6 +138,6 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([STATEMENT, "", *aligned(records), "", *explanation(records)])
 
 
-def total(prompts: int, images: int) -> int:
+def total(prompts: int, images: int, methods: Mapping[str, Settings] = COMPARED) -> int:
     """Images that `compare` makes."""
-    return len(COMPARED) * prompts * images
+    return len(methods) * prompts * images

@@ -126,13 +126,21 @@ def study(
         progress: called with the number of images just finished.
     """
     every = [(s, i) for s in range(len(chosen)) for i in range(images)]
-    x = noises([seed_of(s, i, seed) for s, i in every]) if replaced is None else replaced
+    seeds = [seed_of(s, i, seed) for s, i in every]
+    x = noises(seeds) if replaced is None else replaced
     parts: list[Generated] = []
     pictures = []
     for start in range(0, len(every), BATCH):
         captions = [chosen[s].caption for s, _ in every[start : start + BATCH]]
         part = generate(
-            model, captions, x[start : start + BATCH], settings, sampler=sampler, steps=steps, looking=looking
+            model,
+            captions,
+            x[start : start + BATCH],
+            settings,
+            seeds=seeds[start : start + BATCH],
+            sampler=sampler,
+            steps=steps,
+            looking=looking,
         )
         pictures.append(model.decode(part.latents))
         parts.append(part)

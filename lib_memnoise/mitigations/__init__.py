@@ -16,9 +16,13 @@ class Method:
     label: str
     help: str
     guidance: str
-    """When guidance starts unless the settings say otherwise: at the "first" step, or at "tau"."""
-    needs_gradient: bool
+    """When guidance starts unless the settings say otherwise: at the "first" step, at "tau" or at the "transition"."""
+    needs_gradient: bool = False
     """Back-propagates through the network."""
+    module: str = ""
+    """Of this package, where it has not the method's name."""
+    changes_prompt: bool = False
+    """What the network hears of the prompt is changed."""
 
 
 METHODS: dict[str, Method] = {
@@ -27,7 +31,6 @@ METHODS: dict[str, Method] = {
         help="A few forward evaluations move the noise, then guidance stays off until τ. "
         "About 3 % more network evaluations, no extra memory.",
         guidance="tau",
-        needs_gradient=False,
     ),
     "per_sample": Method(
         label="Per-sample",
@@ -36,11 +39,69 @@ METHODS: dict[str, Method] = {
         guidance="first",
         needs_gradient=True,
     ),
+    "static": Method(
+        label="Static transition point",
+        help="The noise as it is; guidance off until τ. Costs less than no mitigation.",
+        guidance="tau",
+        module="transition",
+    ),
+    "dynamic": Method(
+        label="Dynamic transition point",
+        help="The noise as it is; guidance off until the image's own ‖Δ‖ has its first local minimum.",
+        guidance="transition",
+        module="transition",
+    ),
+    "opposite_guidance": Method(
+        label="Opposite guidance",
+        help="The noise as it is; guidance away from the prompt until the transition point, then towards it.",
+        guidance="transition",
+        module="transition",
+    ),
+    "noise_selection": Method(
+        label="Noise selection",
+        help="The best of several noises from the image's seed; noise stays noise. Two network rows for each.",
+        guidance="first",
+    ),
+    "random_tokens": Method(
+        label="Random tokens",
+        help="Random tokens between the words of the prompt, from the image's seed. No cost; another prompt.",
+        guidance="first",
+        changes_prompt=True,
+    ),
+    "prompt_embedding": Method(
+        label="Prompt embedding",
+        help="Gradient descent on the prompt's vectors instead of the noise. Needs memory for a backward pass.",
+        guidance="first",
+        needs_gradient=True,
+        changes_prompt=True,
+    ),
+    "cross_attention": Method(
+        label="Cross-attention scaling",
+        help="The network hears the prompt's start token louder and its padding not at all. Costs nothing.",
+        guidance="first",
+        changes_prompt=True,
+    ),
+    "padding_fix": Method(
+        label="Padding fix",
+        help="The prompt is padded with another token than its end. For SD 1's text encoder. Costs nothing.",
+        guidance="first",
+        changes_prompt=True,
+    ),
+    "sail": Method(
+        label="SAIL",
+        help="Gradient descent on the prediction of probed noise. Twice per-sample's cost for a step.",
+        guidance="first",
+        needs_gradient=True,
+    ),
+    "divin": Method(
+        label="DivIn",
+        help="One Langevin step on the noise. One forward and one backward pass.",
+        guidance="first",
+        needs_gradient=True,
+    ),
     "none": Method(
         label="None",
-        help="The noise stays as it is: measures the score; with guidance that starts later, a static or dynamic "
-        "transition point.",
+        help="Nothing is changed: measures the score.",
         guidance="first",
-        needs_gradient=False,
     ),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib_memnoise.mitigations.outcome import Outcome
+from lib_memnoise.mitigations.outcome import Initial, Outcome
 from lib_memnoise.prediction import Delta, magnitude, per_image, working_precision
 from lib_memnoise.settings import Settings
 
@@ -41,9 +41,10 @@ def adjust(x: Tensor, delta: Delta, *, gamma: float, rho: float, steps: int) -> 
     return x
 
 
-def mitigate(x: Tensor, delta: Delta, settings: Settings, factor: float) -> Outcome:
-    """`adjust` with resolved settings; `factor` scales ρ to the size of the latent."""
+def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+    """`adjust` with resolved settings; ρ is scaled to the size of the latent."""
     assert settings.gamma is not None and settings.rho is not None and settings.steps is not None
+    factor = initial.factor(x)
     return Outcome(
         adjust(x, delta, gamma=settings.gamma, rho=settings.rho * factor, steps=settings.steps),
         used={"gamma": settings.gamma, "rho": settings.rho * factor, "steps": settings.steps},

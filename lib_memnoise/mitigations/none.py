@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lib_memnoise.mitigations.outcome import Outcome
+from lib_memnoise.mitigations.outcome import Initial, Outcome
 from lib_memnoise.prediction import Delta, working_precision
 from lib_memnoise.settings import Settings
 
 
-def mitigate(x: Tensor, delta: Delta, settings: Settings, factor: float) -> Outcome:
+def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
     return Outcome(working_precision(x))

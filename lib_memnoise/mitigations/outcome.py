@@ -6,11 +6,65 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lib_memnoise.attention import Attention
+from lib_memnoise.mitigations import METHODS
 from lib_memnoise.prediction import NORM_BOUND, Delta, magnitude, norm_ratio, select, working_precision
 from lib_memnoise.settings import Settings, size_factor
+
+
+@dataclass(frozen=True)
+class Initial:
+    """What a method may know of a batch besides its latents and Δ."""
+
+    parameterization: str
+    """"eps" or "v": the network's native output, in which Δ is measured."""
+    alpha_bar: float = 0.0
+    """ᾱ_T: the share of the clean picture's variance at the first timestep."""
+    seeds: Sequence[int] = ()
+    """Of each image: what a method draws comes from it, so that the image can be made again."""
+    texts: Sequence[str] = ()
+    """Of each image: its prompt at the first step."""
+    vocabulary: Callable[[], Sequence[str]] = tuple
+    """The text encoder's ordinary tokens, as text."""
+
+    def factor(self, x: Tensor) -> float:
+        """By which ρ and an absolute target scale."""
+        return size_factor(x[0].numel(), self.parameterization)
+
+    def select(self, images: Sequence[int]) -> Initial:
+        return replace(
+            self,
+            seeds=[self.seeds[i] for i in images] if self.seeds else (),
+            texts=[self.texts[i] for i in images] if self.texts else (),
+        )
+
+    def generator(self, image: int, *purpose: int) -> torch.Generator:
+        """Random numbers of an image's own, independent of those that its noise was drawn with."""
+        state = np.random.SeedSequence([self.seeds[image] % 2**64, *purpose]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+    def noise(self, x: Tensor, image: int, *purpose: int) -> Tensor:
+        """Gaussian noise `(C, H, W)` from an image's seed, like that image of x; drawn on the CPU on any device."""
+        return torch.randn(x.shape[1:], generator=self.generator(image, *purpose)).to(x)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the network hears of an image instead of its prompt, in every step."""
+
+    text: str | None = None
+    """Another text."""
+    pad_zero: bool = False
+    """Token 0 pads it, and the negative prompt, instead of the end token."""
+    zero_end: bool = False
+    """The vector at its end token is zero."""
+    vectors: Tensor | None = None
+    """Other vectors `(parts, tokens, width)`."""
+    attention: Attention | None = None
 
 
 @dataclass
@@ -28,19 +82,38 @@ class Outcome:
     notes: dict[int, list[str]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     """Images whose latent could not be adjusted and is as it was."""
+    prompts: dict[int, Prompt] = field(default_factory=dict)
+    """Images whose prompt is heard otherwise."""
 
 
-def run(x: Tensor, delta: Delta, settings: Settings, *, parameterization: str) -> Outcome:
-    """Adjust initial latents by the chosen method; what every host and the command line call.
+def aimed(settings: Settings, factor: float) -> tuple[float | Callable[[Tensor], Tensor], object]:
+    """The target that resolved settings ask for, as the methods' `adjust` takes it, and how metadata show it."""
+    assert settings.target is not None
+    value = settings.target
+    if settings.target_kind == "fraction":
+        return (lambda before: value * before), f"{value:g}x"
+    return value * factor, value * factor
+
+
+def missed(reached: Tensor, steps: Tensor, what: str) -> dict[int, list[str]]:
+    """A note for each image that has not reached its target."""
+    return {
+        image: [f"the target was not reached in {taken} steps and the best {what} was kept"]
+        for image, (ok, taken) in enumerate(zip(reached.tolist(), steps.tolist()))
+        if not ok
+    }
+
+
+def run(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+    """Mitigate by the chosen method; what every host and the command line call.
 
     Args:
         x: initial latents x_T, `(B, C, H, W)`, unit variance.
         delta: Δ(x, T); see the methods' own `adjust` for what they ask of it.
         settings: resolved settings (`Settings.resolved`).
-        parameterization: "eps" or "v": the network's native output, in which Δ is measured.
     """
-    module = importlib.import_module(f"lib_memnoise.mitigations.{settings.method}")
-    outcome: Outcome = module.mitigate(x, delta, settings, size_factor(x[0].numel(), parameterization))
+    module = importlib.import_module(f"lib_memnoise.mitigations.{METHODS[settings.method].module or settings.method}")
+    outcome: Outcome = module.mitigate(x, delta, settings, initial)
     if settings.start != "first":
         name = "tau" if settings.start == "tau" else "latest"
         outcome.used[name] = getattr(settings, name)
@@ -56,7 +129,8 @@ def run(x: Tensor, delta: Delta, settings: Settings, *, parameterization: str) -
         if not ok:
             outcome.failed[image] = "the network returned values that are not finite"
             outcome.notes.pop(image, None)
-        elif abs(norm - 1) > NORM_BOUND:
+            outcome.prompts.pop(image, None)
+        elif abs(norm - 1) > NORM_BOUND and not torch.equal(outcome.x[image], x[image].to(outcome.x.dtype)):
             outcome.notes.setdefault(image, []).append(
                 f"the adjusted noise has {norm:.3f} times its usual length and may look wrong"
             )
@@ -87,7 +161,7 @@ class Choice:
 
 
 @torch.no_grad()
-def choose(x: Tensor, delta: Delta, settings: Settings, *, parameterization: str) -> Choice:
+def choose(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Choice:
     """Evaluate Δ(x_T, T) once, by two network rows an image, and choose by it if the settings say so.
 
     Chosen are the images whose score is above the threshold, and those whose score is not finite.
@@ -97,7 +171,7 @@ def choose(x: Tensor, delta: Delta, settings: Settings, *, parameterization: str
     if settings.when != "flagged":
         return Choice(known, None, list(range(len(x))))
     assert settings.threshold is not None
-    threshold = settings.threshold * size_factor(x[0].numel(), parameterization)
+    threshold = settings.threshold * initial.factor(x)
     return Choice(known, threshold, [i for i, value in enumerate(known.values.tolist()) if not value <= threshold])
 
 
@@ -119,17 +193,17 @@ class Scored:
         )
 
 
-def run_some(images: Sequence[int], x: Tensor, delta: Delta, way: Callable[[Tensor, Delta], Outcome]) -> Outcome:
-    """Adjust these images of a batch and leave the others as they are.
+Way = Callable[[Tensor, Delta, Initial], Outcome]
+"""`run` with its settings, or another that mitigates all of what it is given."""
 
-    Args:
-        way: `run` or another that adjusts all of what it is given.
-    """
+
+def run_some(images: Sequence[int], x: Tensor, delta: Delta, initial: Initial, way: Way) -> Outcome:
+    """Mitigate these images of a batch and leave the others as they are."""
     images = list(images)
     outcome = Outcome(working_precision(x))
     if not images:
         return outcome
-    part = way(x[images], select(delta, images))
+    part = way(x[images], select(delta, images), initial.select(images))
     outcome.x[images] = part.x
     for name in ("before", "after", "steps", "norm"):
         values = getattr(part, name)
@@ -140,12 +214,13 @@ def run_some(images: Sequence[int], x: Tensor, delta: Delta, way: Callable[[Tens
     outcome.used = part.used
     outcome.notes = {images[i]: notes for i, notes in part.notes.items()}
     outcome.failed = {images[i]: reason for i, reason in part.failed.items()}
+    outcome.prompts = {images[i]: prompt for i, prompt in part.prompts.items()}
     return outcome
 
 
-def run_each(x: Tensor, delta: Delta, settings: Settings, *, parameterization: str) -> Outcome:
+def run_each(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
     """`run`, one image at a time: the least memory. Every image is on its own in any case."""
-    images = [run(x[i : i + 1], select(delta, [i]), settings, parameterization=parameterization) for i in range(len(x))]
+    images = [run(x[i : i + 1], select(delta, [i]), settings, initial.select([i])) for i in range(len(x))]
 
     def joined(name: str) -> Tensor | None:
         values = [getattr(image, name) for image in images]
@@ -162,4 +237,5 @@ def run_each(x: Tensor, delta: Delta, settings: Settings, *, parameterization: s
         used=images[0].used,
         notes={i: image.notes[0] for i, image in enumerate(images) if image.notes},
         failed={i: image.failed[0] for i, image in enumerate(images) if image.failed},
+        prompts={i: image.prompts[0] for i, image in enumerate(images) if image.prompts},
     )

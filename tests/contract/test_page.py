@@ -376,3 +376,20 @@ def test_calibrating_can_be_interrupted(page: HostPage) -> None:
         page.page.locator("#txt2img_interrupt").click()
     expect(verdict(page).locator(".error")).to_have_text("memnoise: interrupted.")
     expect(page.page.locator("#txt2img_interrupt")).not_to_be_visible()
+
+
+def test_comparing_methods(page: HostPage) -> None:
+    page.small()
+    page.open()
+    page.control("comparison").locator(".label-wrap").click()
+    press(page, "compare")
+    grid = page.control("grid").locator("img").first
+    expect(grid).to_be_visible()
+    width, height = grid.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
+    assert width >= 64 and height >= 4 * 64  # a row for each of the four usual methods
+    expect(verdict(page).locator(".error")).to_have_count(0)
+
+    page.prompt("")
+    press(page, "compare")
+    expect(verdict(page).locator(".error")).to_contain_text("an empty prompt has no score")
+    expect(grid).not_to_be_visible()

@@ -116,7 +116,7 @@ AXES_BAD = [
     ("[Memnoise] Adjustments M", "1,2.5", "steps = 2.5"),
     ("[Memnoise] Method", ["batch_wise", "magic"], 'method = "magic"'),
     ("[Memnoise] Enabled", ["True", "maybe"], 'enabled = "maybe"'),
-    ("[Memnoise] Learning rate", "0.01", "belongs to the method per_sample"),
+    ("[Memnoise] Learning rate", "0.01", "belongs to the methods per_sample"),
 ]
 
 
@@ -180,6 +180,24 @@ def test_plot_over_methods(studio: Studio) -> None:
     assert np.array_equal(answer.images[-4], studio.run({}).images[0])
     assert np.array_equal(answer.images[-3], studio.run({"method": "per_sample"}).images[0])
     assert np.array_equal(answer.images[-2], studio.run().images[0])
+
+
+def test_a_plot_over_all_methods_has_a_cell_for_each_that_can_be(studio: Studio) -> None:
+    """One that cannot be done on this checkpoint leaves its own cell empty and says why; the others come."""
+    names = ["none", "padding_fix", "random_tokens", "cross_attention"]
+    values = ("[Memnoise] Method", names)
+    if not studio.is_real:
+        studio.host.load("sd2-v")  # which has no padding to fix
+    answer = plot(studio, values, args=[True, {"fail_instead": True}])
+    assert answer.status == 200, answer.detail
+    cells = answer.images[-4:]
+    for name, cell in zip(names, cells):
+        single = studio.answer([True, {"method": name, "fail_instead": True}])
+        if single.status == 200:
+            assert np.array_equal(cell, single.images[0]), name
+        else:
+            assert name == "padding_fix" and not studio.is_real and cell.std() == 0
+            assert "pads with token 0 already" in single.detail
 
 
 def test_many_requests_at_once(studio: Studio) -> None:

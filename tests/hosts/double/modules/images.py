@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageFont
 
 
 class GridAnnotation:
@@ -13,6 +13,10 @@ class GridAnnotation:
         self.text = text
         self.is_active = is_active
         self.size: Any = None
+
+
+def get_font(fontsize: int) -> Any:
+    return ImageFont.load_default(fontsize)
 
 
 def image_grid(imgs: list[Image.Image], batch_size: int = 1, rows: int | None = None) -> Image.Image:

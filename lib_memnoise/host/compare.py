@@ -1,0 +1,268 @@
+"""The same seeds with several methods: a labelled grid, and numbers for every picture."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import copy
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from modules import errors, images, processing, scripts, shared
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+
+from lib_memnoise.generation import Generation, ImageReport
+from lib_memnoise.host import scoring
+from lib_memnoise.host.arguments import SLOTS
+from lib_memnoise.host.page import USUAL
+from lib_memnoise.host.scoring import BadRequest, Request, Stopped, no_prompt_history
+from lib_memnoise.host.xyz import TITLE
+from lib_memnoise.mitigations import METHODS
+from lib_memnoise.settings import SettingError, from_mapping
+from lib_memnoise.similarity import similarity
+
+MOST_IMAGES = 64
+OWN = {"methods", "reference"}
+"""What a comparison is asked beside what a score is asked."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of the grid."""
+
+    picture: Image.Image | None
+    """None: it could not be generated."""
+    method: str
+    settings: dict[str, Any]
+    seed: int
+    score: float | None
+    """‖Δ‖ at the first step of the noise that was sampled, against the prompt as it was heard."""
+    similarity: float | None
+    """To the reference picture: correlation of blurred pictures, −1…1."""
+    rows: int
+    backward_rows: int
+    failed: str | None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Compared:
+    grid: Image.Image
+    cells: list[Cell]
+    stopped: bool
+    """The user interrupted; methods that had not begun are missing."""
+
+
+def parse(body: Any) -> tuple[Request, list[dict[str, Any]], Image.Image | None]:
+    """A validated request from JSON: what is scored (`scoring.parse`, one prompt), the methods and the reference.
+
+    `methods` is a list of names, or of settings as a generation takes them; `reference` a picture in base64.
+
+    Raises:
+        BadRequest: see `scoring.parse`; settings that cannot be used; a reference that is no picture.
+    """
+    if not isinstance(body, Mapping):
+        raise BadRequest("memnoise: the request must be a JSON object.")
+    request = scoring.parse({name: value for name, value in body.items() if name not in OWN})
+    if len(request.prompts) != 1 or request.words:
+        raise BadRequest("memnoise: a comparison takes one prompt and no words.")
+    given = body.get("methods", USUAL)
+    if not isinstance(given, (list, tuple)) or not given:
+        raise BadRequest("memnoise: methods must be a list of names or of settings.")
+    chosen = []
+    for entry in given:
+        settings = {"method": entry} if isinstance(entry, str) else entry
+        if not isinstance(settings, Mapping):
+            raise BadRequest(f"memnoise: methods = {entry!r} is not valid; each must be a name or a dict of settings.")
+        try:
+            # ‖Δ‖ of the first step is the picture's score.
+            chosen.append({"trace": "on", **settings, "enabled": True})
+            from_mapping(chosen[-1])
+        except SettingError as error:
+            raise BadRequest(str(error)) from None
+    count = len(chosen) * len(request.seeds)
+    if count > MOST_IMAGES:
+        raise BadRequest(f"memnoise: {count} images are too many for one comparison; it may have {MOST_IMAGES}.")
+    return request, chosen, opened(body.get("reference"))
+
+
+def opened(reference: Any) -> Image.Image | None:
+    """A picture from base64, with or without a data URL's head; one that is a picture already stays."""
+    if reference is None or isinstance(reference, Image.Image):
+        return reference
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(str(reference).rsplit(",", 1)[-1], validate=True)))
+    except (binascii.Error, OSError, ValueError):
+        raise BadRequest("memnoise: reference is not valid; it must be a picture in base64.") from None
+
+
+def label(settings: Mapping[str, Any]) -> str:
+    """A row's label: the method, and what is set of it."""
+    own = [f"{name} {value}" for name, value in settings.items() if name not in ("enabled", "method", "trace")]
+    return ", ".join([METHODS[settings.get("method", "batch_wise")].label, *own])
+
+
+def compare(request: Request, chosen: list[dict[str, Any]], reference: Image.Image | None) -> Compared:
+    """Generate every seed with each of these settings; the caller holds the host's queue.
+
+    A method that fails costs its own row alone. The progress is the host's.
+
+    Raises:
+        BadRequest, Unsupported: see `scoring.score`. Stopped: interrupted before the first picture was there.
+    """
+    scoring.raise_if_nothing_to_score()
+    seeds = [processing.get_fixed_seed(seed) for seed in request.seeds]
+    shared.state.job_count = len(chosen)
+    rows, cells, stopped = [], [], False
+    for settings in chosen:
+        if shared.state.interrupted or shared.state.skipped:
+            stopped = True
+            break
+        pictures, generation, failed = generated(request, settings, seeds)
+        likeness = alike(pictures, reference)
+        done = len(pictures) == len(seeds)
+        for k, seed in enumerate(seeds):
+            report = generation.images.get((0, k), ImageReport()) if generation is not None else ImageReport()
+            cells.append(
+                Cell(
+                    pictures[k] if done else None,
+                    method=settings.get("method", "batch_wise"),
+                    settings={name: value for name, value in settings.items() if name not in ("enabled", "trace")},
+                    seed=seed,
+                    score=report.trace[0].magnitude if report.trace else None,
+                    similarity=likeness[k] if done and likeness else None,
+                    rows=report.forward_rows,
+                    backward_rows=report.backward_rows,
+                    failed=failed or report.failed,
+                    notes=report.notes,
+                )
+            )
+        rows.append(pictures if done else [])
+    if not any(rows):
+        if stopped or shared.state.interrupted:
+            raise Stopped("memnoise: interrupted.")
+        raise BadRequest(f"memnoise: no picture could be generated: {cells[0].failed}.")
+    return Compared(drawn(rows, cells, chosen, seeds), cells, stopped)
+
+
+def generated(
+    request: Request, settings: dict[str, Any], seeds: list[int]
+) -> tuple[list[Image.Image], Generation | None, str | None]:
+    """The pictures of one row, what memnoise did, and why there are no pictures if there are none."""
+    p = processing.StableDiffusionProcessingTxt2Img(
+        sd_model=shared.sd_model,
+        prompt=list(request.prompts) * len(seeds),
+        negative_prompt=request.negative_prompt,
+        styles=list(request.styles),
+        seed=list(seeds),
+        subseed=list(seeds),
+        sampler_name=request.sampler_name,
+        scheduler=request.scheduler,
+        batch_size=len(seeds),
+        n_iter=1,
+        steps=request.steps,
+        cfg_scale=request.cfg_scale,
+        width=request.width,
+        height=request.height,
+        do_not_save_samples=True,
+        do_not_save_grid=True,
+    )
+    try:
+        p.scripts = alone()
+        p.script_args = [True, settings, *[None] * (len(SLOTS) - 2)]
+        with no_prompt_history():
+            found = processing.process_images(p).images
+        return list(found[-len(seeds) :]), getattr(p, "memnoise", None), None
+    except Exception as error:
+        errors.report("memnoise: a method of the comparison failed", exc_info=True)
+        return [], getattr(p, "memnoise", None), str(error).strip().split("\n")[0] or type(error).__name__
+    finally:
+        p.close()
+
+
+def alone() -> Any:
+    """A script runner with memnoise alone, so that pictures differ by nothing else."""
+    script = next(script for script in scripts.scripts_txt2img.alwayson_scripts if script.title() == TITLE)
+    script = copy.copy(script)
+    script.args_from, script.args_to = 0, len(SLOTS)
+    runner = scripts.ScriptRunner()
+    runner.scripts, runner.alwayson_scripts = [script], [script]
+    return runner
+
+
+def alike(pictures: list[Image.Image], reference: Image.Image | None) -> list[float]:
+    """Similarity of each picture to the reference, which is cut to their shape."""
+    if reference is None or not pictures:
+        return []
+    fitted = ImageOps.fit(reference.convert("RGB"), pictures[0].size)
+    return [float(value) for value in similarity(tensor(pictures), tensor([fitted]))[:, 0]]
+
+
+def tensor(pictures: list[Image.Image]) -> Tensor:
+    """`(B, 3, H, W)` in 0…1."""
+    return torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])).permute(
+        0, 3, 1, 2
+    ).float() / 255  # fmt: skip
+
+
+def drawn(
+    rows: list[list[Image.Image]], cells: list[Cell], chosen: list[dict[str, Any]], seeds: list[int]
+) -> Image.Image:
+    """The grid: a row for each method, a column for each seed, numbers under every picture."""
+    width, height = next(row for row in rows if row)[0].size
+    size = max(12, width // 24)
+    font, strip = images.get_font(size), int(2.8 * size)
+    grid = Image.new("RGB", (width * len(seeds), (height + strip) * len(rows)), "white")
+    draw = ImageDraw.Draw(grid)
+    for r, row in enumerate(rows):
+        for k in range(len(seeds)):
+            cell, place = cells[r * len(seeds) + k], (k * width, r * (height + strip))
+            if row:
+                grid.paste(row[k], place)
+            for line, text in enumerate(caption(cell)):
+                while text and draw.textlength(text, font=font) > width - 8:
+                    text = text[:-1]
+                draw.text((place[0] + 4, place[1] + height + 2 + line * 1.3 * size), text, font=font, fill="black")
+    annotate = images.GridAnnotation
+    return images.draw_grid_annotations(
+        grid, width, height + strip,
+        [[annotate(f"Seed {seed}")] for seed in seeds],
+        [[annotate(label(settings))] for settings in chosen[: len(rows)]],
+    )  # fmt: skip
+
+
+def caption(cell: Cell) -> list[str]:
+    """Two lines under a picture."""
+    score = "" if cell.score is None else f"score {cell.score:.4g}"
+    likeness = "" if cell.similarity is None else f"similarity {cell.similarity:.2f}"
+    told = (
+        f"not mitigated: {cell.failed}"
+        if cell.failed
+        else f"{cell.rows} rows" + (f", {cell.backward_rows} backward" if cell.backward_rows else "")
+    )
+    return ["  ".join(part for part in (score, likeness) if part), told]
+
+
+def answer(request: Request, chosen: list[dict[str, Any]], reference: Image.Image | None) -> dict[str, Any]:
+    """`compare`, as JSON."""
+    result = compare(request, chosen, reference)
+    return {
+        "grid": encoded(result.grid),
+        "images": [
+            {**asdict(replace(cell, picture=None)), "picture": None if cell.picture is None else encoded(cell.picture)}
+            for cell in result.cells
+        ],
+        "stopped": result.stopped,
+    }
+
+
+def encoded(picture: Image.Image) -> str:
+    """PNG in base64."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

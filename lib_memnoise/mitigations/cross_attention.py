@@ -1,0 +1,23 @@
+"""Cross-attention scaling: the start token's logit times C, and no attention to the padding (Ren et al. 2024)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lib_memnoise.attention import Attention
+from lib_memnoise.mitigations.outcome import Initial, Outcome, Prompt
+from lib_memnoise.prediction import Delta, working_precision
+from lib_memnoise.settings import Settings
+
+
+def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+    """The noise as it is, and every image's prompt heard with other attention, in every step.
+
+    Only the conditional rows are; the authors' code masks the padding of the unconditional row as well.
+    """
+    prompt = Prompt(attention=Attention(settings.bos_scale, settings.mask_padding))
+    return Outcome(
+        working_precision(x),
+        used={"bos_scale": settings.bos_scale, "mask_padding": settings.mask_padding},
+        prompts=dict.fromkeys(range(len(x)), prompt),
+    )

@@ -1,0 +1,108 @@
+"""Gradient descent image by image: every image has its own variable, optimiser state and stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOSS_SCALE = 1024.0
+"""Keeps gradients inside a half-precision network above its smallest numbers. A power of two: dividing it out
+again is exact, so in float32 it changes nothing."""
+
+Loss = Callable[[list[Tensor], list[int]], Tensor]
+"""`loss(variables, images)`: `(n,)`, of the images of these indices, each with its variable."""
+
+
+class Descent(NamedTuple):
+    """Where a descent ended. All but `best` are `(B,)`; `before` and `after` are losses, `after` that of `best`."""
+
+    best: list[Tensor]
+    steps: Tensor
+    before: Tensor
+    after: Tensor
+    reached: Tensor
+
+
+def gradients(loss: Tensor, variables: Sequence[Tensor]) -> list[Tensor]:
+    """∂loss[i]/∂variables[i] for every image; each loss depends on its own variable alone.
+
+    Raises:
+        RuntimeError: the loss carries no gradient (for instance an inference-only network).
+    """
+    if not loss.requires_grad:
+        raise RuntimeError("the network gave no gradient")
+    # Summed over images, each keeps its own gradient.
+    with torch.enable_grad():
+        total = LOSS_SCALE * loss.sum()
+    return [gradient / LOSS_SCALE for gradient in torch.autograd.grad(total, list(variables))]
+
+
+def descend(
+    start: Sequence[Tensor],
+    loss: Loss,
+    *,
+    optimiser: Callable[[list[Tensor]], torch.optim.Optimizer],
+    target: float | Callable[[Tensor], Tensor],
+    max_steps: int,
+) -> Descent:
+    """Minimise each image's loss over its variable until it is below the target (the loop of Figure 7).
+
+    Args:
+        start: a variable for every image, of any shapes, float32 or float64.
+        loss: is asked only of the images still running, all of them together.
+        optimiser: makes one for these variables. It must leave alone a variable that has no gradient.
+        target: an image stops as soon as its loss < target. A function is given the first losses `(B,)` and returns a
+            target for each.
+        max_steps: the most optimiser steps an image takes.
+
+    Returns:
+        `Descent`: where the target was not reached, the variable is the best one seen. A loss that is not finite ends
+        its image, as does a gradient that is not.
+
+    Cost an image: (steps + 1) losses, `steps` of them differentiated.
+    """
+    variables = [value.detach().clone().requires_grad_() for value in start]
+    optim = optimiser(variables)
+    best = [value.detach().clone() for value in start]
+    batch, like = len(best), best[0]
+    before = like.new_full((batch,), float("nan"))
+    after = before.clone()
+    taken = torch.zeros(batch, dtype=torch.long, device=like.device)
+    reached = torch.zeros(batch, dtype=torch.bool, device=like.device)
+    targets = like.new_zeros(batch)
+
+    running = list(range(batch))
+    for step in range(max_steps + 1):
+        with torch.set_grad_enabled(step < max_steps):
+            current = loss([variables[i] for i in running], running)
+        value = current.detach()
+        if step == 0:
+            before[:] = after[:] = value
+            targets = target(value).to(like) if callable(target) else like.new_full((batch,), target)
+        for k, i in enumerate(running):
+            if value[k] <= after[i]:
+                best[i], after[i] = variables[i].detach().clone(), value[k]
+
+        # `if loss < target_loss: break`, image by image.
+        below = value < targets[running]
+        reached[running] = below
+        going = [k for k, go in enumerate((~below & torch.isfinite(value)).tolist()) if go]
+        if step == max_steps or not going:
+            break
+
+        # `optim.zero_grad(); loss.backward(); optim.step()`
+        with torch.enable_grad():
+            found = gradients(current[going], [variables[running[k]] for k in going])
+        optim.zero_grad()
+        for k, gradient in zip(going, found):
+            if bool(torch.isfinite(gradient).all()):
+                variables[running[k]].grad = gradient
+        optim.step()
+        running = [i for i in running if variables[i].grad is not None]
+        taken[running] += 1
+        if not running:
+            break
+    return Descent(best, taken, before, after, reached)

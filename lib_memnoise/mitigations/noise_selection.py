@@ -1,0 +1,43 @@
+"""Noise selection: of several noises that an image's seed gives, the one with the smallest ‖Δ‖.
+
+No noise is changed, so each keeps the length and the distribution of noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lib_memnoise.mitigations.outcome import Initial, Outcome
+from lib_memnoise.prediction import Delta, magnitude, working_precision
+from lib_memnoise.settings import Settings
+
+
+@torch.no_grad()
+def adjust(x: Tensor, delta: Delta, initial: Initial, *, candidates: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Choose among the noise as drawn and `candidates − 1` others from each image's seed.
+
+    Args:
+        x: initial latents x_T, `(B, C, H, W)`.
+        delta: Δ(x, T).
+
+    Returns:
+        The latents, ‖Δ‖ of the noise as drawn and of the chosen one, and which was chosen (0: as drawn), `(B,)` each.
+
+    Cost: two network rows an image and candidate, forward only.
+    """
+    x = working_precision(x)
+    best, before = x.clone(), magnitude(delta(x).to(x.dtype))
+    least, chosen = before.clone(), torch.zeros(len(x), dtype=torch.long, device=x.device)
+    for k in range(1, candidates):
+        other = torch.stack([initial.noise(x, image, k) for image in range(len(x))])
+        value = magnitude(delta(other).to(x.dtype))
+        better = value < least
+        best[better], least[better], chosen[better] = other[better], value[better], k
+    return best, before, least, chosen
+
+
+def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+    best, before, after, chosen = adjust(x, delta, initial, candidates=settings.candidates)
+    notes = {image: [f"noise {k} of {settings.candidates} was chosen"] for image, k in enumerate(chosen.tolist()) if k}
+    return Outcome(best, before=before, after=after, used={"candidates": settings.candidates}, notes=notes)

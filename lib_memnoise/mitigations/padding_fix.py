@@ -1,0 +1,20 @@
+"""Padding-token fix: the prompt padded with token 0 instead of the end token, and no end token (Kim & No 2026).
+
+SD 1's text encoder pads with its end token, whose vectors take up what is memorised of a prompt.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lib_memnoise.mitigations.outcome import Initial, Outcome, Prompt
+from lib_memnoise.prediction import Delta, working_precision
+from lib_memnoise.settings import Settings
+
+
+def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+    """The noise as it is, and every image's prompt encoded otherwise."""
+    prompt = Prompt(pad_zero=settings.padding != "end", zero_end=settings.padding != "pad")
+    return Outcome(
+        working_precision(x), used={"padding": settings.padding}, prompts=dict.fromkeys(range(len(x)), prompt)
+    )

@@ -1,0 +1,93 @@
+"""Prompt embedding adjustment: descend on ‖Δ‖ over the prompt's vectors, the noise as it is (Wen et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lib_memnoise.mitigations.descent import descend
+from lib_memnoise.mitigations.outcome import Initial, Outcome, Prompt, aimed, missed
+from lib_memnoise.prediction import Delta, PromptedDelta, magnitude, working_precision
+from lib_memnoise.settings import Settings
+
+
+class Adjusted(NamedTuple):
+    """What came of each image. All but `vectors` are `(B,)`."""
+
+    vectors: list[Tensor]
+    steps: Tensor
+    before: Tensor
+    after: Tensor
+    reached: Tensor
+
+
+def adjust(
+    x: Tensor,
+    delta: PromptedDelta,
+    *,
+    lr: float,
+    target: float | Callable[[Tensor], Tensor],
+    max_steps: int,
+    weight_decay: float = 0.01,
+    fixed: Sequence[int] = (0,),
+) -> Adjusted:
+    """Minimise ‖Δ(x_T, T)‖ of every image over its prompt's vectors, with AdamW.
+
+    Args:
+        x: initial latents x_T, `(B, C, H, W)`, which stay as they are.
+        delta: Δ(x, T) whose prompts' vectors can be replaced, differentiable in them.
+        lr: AdamW's learning rate. weight_decay: AdamW's default, as in the authors' code.
+        target: an image stops as soon as its ‖Δ‖ is below it. The authors' is for one norm over a batch of B images;
+            an image's is that divided by √B.
+        fixed: the places of start tokens, whose gradient is zero.
+
+    Cost an image: one unconditional row, and a row for each of its prompts and losses; backward, that for each step.
+    """
+    x = working_precision(x)
+    heard = delta.hearing(x)
+
+    def loss(vectors: list[Tensor], images: list[int]) -> Tensor:
+        held = [_held(value, fixed) for value in vectors]
+        return magnitude(heard(held, images).to(x.dtype))
+
+    found = descend(
+        [value.to(x.dtype) for value in delta.vectors],
+        loss,
+        optimiser=lambda vectors: torch.optim.AdamW(vectors, lr=lr, weight_decay=weight_decay),
+        target=target,
+        max_steps=max_steps,
+    )
+    return Adjusted(found.best, found.steps, found.before, found.after, found.reached)
+
+
+def _held(vectors: Tensor, fixed: Sequence[int]) -> Tensor:
+    """The same vectors, of which those at `fixed` give no gradient."""
+    held = torch.zeros(vectors.shape[-2], 1, dtype=torch.bool, device=vectors.device)
+    held[list(fixed)] = True
+    return torch.where(held, vectors.detach(), vectors)
+
+
+def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+    """`adjust` with resolved settings; an absolute target is scaled to the size of the latent."""
+    assert settings.lr is not None and settings.max_steps is not None
+    if not isinstance(delta, PromptedDelta):
+        raise RuntimeError("the prompt's vectors cannot be reached")
+    target, used = aimed(settings, initial.factor(x))
+    result = adjust(
+        x, delta, lr=settings.lr, target=target, max_steps=settings.max_steps, weight_decay=settings.weight_decay,
+        fixed=delta.fixed,
+    )  # fmt: skip
+    return Outcome(
+        working_precision(x),
+        before=result.before,
+        after=result.after,
+        steps=result.steps,
+        used={"lr": settings.lr, "target": used},
+        notes=missed(result.reached, result.steps, "vectors"),
+        prompts={
+            image: Prompt(vectors=result.vectors[image]) for image, steps in enumerate(result.steps.tolist()) if steps
+        },
+    )

@@ -1,0 +1,119 @@
+"""SAIL: descend on the prediction of the probed noise, and stay near the origin (Jeon et al. 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lib_memnoise.mitigations.descent import descend
+from lib_memnoise.mitigations.outcome import Initial, Outcome, aimed
+from lib_memnoise.prediction import Delta, magnitude, per_image, select, working_precision
+from lib_memnoise.settings import Settings
+
+
+class Adjusted(NamedTuple):
+    """What came of each image: its latent, steps taken over all noises, losses, and how many noises were drawn anew."""
+
+    x: Tensor
+    steps: Tensor
+    before: Tensor
+    after: Tensor
+    reached: Tensor
+    drawn: Tensor
+
+
+def adjust(
+    x: Tensor,
+    delta: Delta,
+    initial: Initial,
+    *,
+    lr: float,
+    alpha: float,
+    target: float | Callable[[Tensor], Tensor],
+    max_steps: int,
+    redraws: int,
+) -> Adjusted:
+    """Minimise ‖Δ(x + δ, T)‖ + α‖x‖, δ = Δ/‖Δ‖, with Adam.
+
+    This is the loss of the authors' code, with plain norms; their text has ‖Δ(x + δ) − Δ(x)‖² + α‖x‖². There δ is
+    that of the noise as drawn; here it is that of x. Δ is in units of ε, with either network.
+
+    Args:
+        x: initial latents x_T, `(B, C, H, W)`, unit variance.
+        delta: Δ(x, T), differentiable.
+        lr: Adam's learning rate. alpha: α.
+        target: an image stops as soon as its loss is below it, as in `descent.descend`.
+        max_steps: the most optimiser steps with one noise.
+        redraws: how often an image that has not reached the target starts again, from other noise of its seed.
+
+    Cost an image and step: four network rows forward and four backward.
+    """
+    start = working_precision(x)
+    unit = initial.alpha_bar**0.5 if initial.parameterization == "v" else 1.0
+
+    def loss_of(images: list[int]) -> Callable[[list[Tensor], list[int]], Tensor]:
+        def loss(latents: list[Tensor], running: list[int]) -> Tensor:
+            latent = torch.stack(latents)
+            network = select(delta, [images[k] for k in running])
+            prediction = network(latent).to(start.dtype)
+            length = per_image(magnitude(prediction))
+            probe = prediction / torch.where(length == 0, torch.ones_like(length), length)
+            return unit * magnitude(network(latent + probe).to(start.dtype)) + alpha * magnitude(latent)
+
+        return loss
+
+    result = Adjusted(
+        start.clone(),
+        torch.zeros(len(start), dtype=torch.long, device=start.device),
+        start.new_full((len(start),), float("nan")),
+        start.new_full((len(start),), float("inf")),
+        torch.zeros(len(start), dtype=torch.bool, device=start.device),
+        torch.zeros(len(start), dtype=torch.long, device=start.device),
+    )
+    left = list(range(len(start)))
+    for attempt in range(redraws + 1):
+        noise = start if attempt == 0 else torch.stack([initial.noise(start, i, attempt) for i in range(len(start))])
+        found = descend(
+            [noise[i] for i in left],
+            loss_of(left),
+            optimiser=lambda latents: torch.optim.Adam(latents, lr=lr),
+            target=target,
+            max_steps=max_steps,
+        )
+        for k, image in enumerate(left):
+            result.steps[image] += found.steps[k]
+            result.drawn[image] = attempt
+            if attempt == 0:
+                result.before[image] = found.before[k]
+            if not found.after[k] >= result.after[image]:
+                result.x[image], result.after[image] = found.best[k], found.after[k]
+            result.reached[image] = found.reached[k]
+        left = [image for image in left if not result.reached[image]]
+        if not left:
+            break
+    return result
+
+
+def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+    """`adjust` with resolved settings; an absolute target is scaled to the size of the latent."""
+    assert settings.lr is not None and settings.alpha is not None and settings.max_steps is not None
+    # The target is one for ‖Δ(x + δ)‖ + α‖x_T‖: a fraction is of the first alone, for the other part stays.
+    length = settings.alpha * x[0].numel() ** 0.5
+    target, used = aimed(settings, initial.factor(x))
+    aim = (lambda before: target(before - length) + length) if callable(target) else target
+    result = adjust(
+        x, delta, initial, lr=settings.lr, alpha=settings.alpha, target=aim, max_steps=settings.max_steps,
+        redraws=settings.redraws,
+    )  # fmt: skip
+    outcome = Outcome(result.x, steps=result.steps, used={"lr": settings.lr, "alpha": settings.alpha, "target": used})
+    for image, (reached, drawn) in enumerate(zip(result.reached.tolist(), result.drawn.tolist())):
+        if not reached:
+            outcome.notes.setdefault(image, []).append(
+                f"the target was not reached with {drawn + 1} noises and the best one was kept"
+            )
+        elif drawn:
+            outcome.notes.setdefault(image, []).append(f"noise {drawn} drawn anew reached the target")
+    return outcome

@@ -1,0 +1,125 @@
+"""The same seeds by several methods, over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib_memnoise.mitigations import METHODS
+from tests.contract.conftest import ROUNDING, Studio, close
+from tests.contract.test_generation import same
+from tests.contract.test_scores import SMALL, post, score
+
+PROMPT = "a red fox in the snow"
+
+
+def decoded(picture: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB"))
+
+
+def encoded(picture: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def compare(studio: Studio, **body: Any) -> dict[str, Any]:
+    status, answer = post(studio, "compare", {**SMALL, "prompt": PROMPT, "seeds": [7, 8], **body})
+    assert status == 200, answer
+    return dict(answer)
+
+
+def test_pictures_and_numbers_are_the_generations_own(studio: Studio) -> None:
+    before = studio.run(batch_size=2)
+    settings: list[dict[str, Any]] = [{"method": "none"}, {"method": "static", "tau": 500}, {"method": "random_tokens"}]
+    answer = compare(studio, methods=settings, reference=encoded(before.pictures[1]))
+    assert same(studio.run(batch_size=2), before)  # nothing is left behind
+    assert not answer["stopped"] and len(answer["images"]) == 6
+    alone = [studio.run(one, batch_size=2) for one in settings]
+    for k, cell in enumerate(answer["images"]):
+        row, image = divmod(k, 2)
+        assert cell["settings"] == settings[row] and cell["seed"] == 7 + image and cell["failed"] is None
+        assert np.array_equal(decoded(cell["picture"]), alone[row].pictures[image])
+        assert cell["rows"] >= alone[row].number("rows", image)
+    plain = answer["images"][:2]
+    assert plain[1]["similarity"] == pytest.approx(1, abs=1e-4) and plain[0]["similarity"] < 0.999
+    scored = score(studio, prompt=PROMPT, seeds=[7, 8])["images"]
+    assert [cell["score"] for cell in plain] == pytest.approx([image["score"] for image in scored], rel=1e-3)
+    # another prompt is another score
+    assert answer["images"][4]["score"] != pytest.approx(plain[0]["score"], rel=1e-3)
+
+    grid = decoded(answer["grid"])
+    assert grid.shape[0] >= 3 * 64 and grid.shape[1] >= 2 * 64
+    # every picture is in the grid, at the same distances
+    places = [placed(grid, decoded(cell["picture"])) for cell in answer["images"]]
+    assert len({y for y, _ in places}) == 3 and len({x for _, x in places}) == 2
+
+
+def placed(grid: np.ndarray, picture: np.ndarray) -> tuple[int, int]:
+    height, width = picture.shape[:2]
+    rows, columns = np.nonzero((grid == picture[0, 0]).all(2))
+    for y, x in zip(rows.tolist(), columns.tolist()):
+        if np.array_equal(grid[y : y + height, x : x + width], picture):
+            return y, x
+    raise AssertionError("the picture is not in the grid")
+
+
+def test_every_method_by_its_preset(studio: Studio) -> None:
+    answer = compare(studio, methods=list(METHODS), seeds=[7], steps=4)
+    assert [cell["method"] for cell in answer["images"]] == list(METHODS)
+    assert all(cell["failed"] is None and cell["score"] > 0 and cell["similarity"] is None for cell in answer["images"])
+
+
+def test_a_method_that_fails_costs_its_own_row_alone(studio: Studio) -> None:
+    if studio.is_real:
+        pytest.skip("the tiny checkpoints all pad with the end token")
+    studio.host.load("sd2-v")
+    answer = compare(studio, methods=["none", {"method": "padding_fix", "fail_instead": True}, "padding_fix"])
+    failed = [cell["failed"] for cell in answer["images"]]
+    assert failed[:2] == [None, None] and all("pads with token 0 already" in text for text in failed[2:])
+    pictures = [cell["picture"] for cell in answer["images"]]
+    assert pictures[2:4] == [None, None]
+    assert close(decoded(pictures[0]), decoded(pictures[4])) <= ROUNDING  # unmitigated, and it says so
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"methods": ["magic"]}, 'method = "magic" is not valid'),
+        ({"methods": []}, "methods must be a list"),
+        ({"methods": [3]}, "methods = 3 is not valid"),
+        ({"methods": [{"method": "static", "gamma": 1}]}, "gamma = 1 belongs to the method batch_wise"),
+        ({"prompt": ["a", "b"]}, "one prompt"),
+        ({"reference": "no picture"}, "reference is not valid"),
+        ({"seeds": list(range(40))}, "160 images are too many"),
+        ({"tau": 3}, "a request has no 'tau'"),
+        ({"steps": 0}, "steps = 0 is not valid"),
+    ],
+)
+def test_bad_requests(studio: Studio, body: dict[str, Any], words: str) -> None:
+    status, answer = post(studio, "compare", {**SMALL, "prompt": PROMPT, "seeds": [7], **body})
+    assert status == 422 and words in answer["detail"], answer
+
+
+def test_it_can_be_interrupted(studio: Studio) -> None:
+    answers: list[Any] = []
+
+    def ask() -> None:
+        answers.append(post(studio, "compare", {**SMALL, "prompt": PROMPT, "methods": ["none"] * 60, "seeds": [7]}))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while asking.is_alive():
+        studio.host.post("/sdapi/v1/interrupt")
+        asking.join(0.5)
+    status, answer = answers[0]
+    assert (status, answer.get("detail")) == (409, "memnoise: interrupted.") or (
+        answer["stopped"] and len(answer["images"]) < 60
+    )
+    assert studio.run().pictures[0].std() > 0

@@ -1,0 +1,155 @@
+"""The methods that change what the network hears, and those that draw from the image's seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lib_memnoise.mitigations import METHODS
+from tests.contract.conftest import ROUNDING, Studio, close
+from tests.contract.test_generation import same
+
+PROMPT_METHODS = [name for name, method in METHODS.items() if method.changes_prompt]
+QUICK: dict[str, dict[str, Any]] = {
+    "per_sample": {"max_steps": 2, "target": 0},
+    "prompt_embedding": {"max_steps": 3, "target": 0, "lr": 0.1},
+    "sail": {"max_steps": 1, "redraws": 0, "target": 0},
+    "divin": {"temperature": 0.1},
+    "dynamic": {"latest": 500},
+    "opposite_guidance": {"latest": 500},
+    "cross_attention": {"bos_scale": 3},
+}
+
+
+def settings_of(method: str) -> dict[str, Any]:
+    return {"method": method, **QUICK.get(method, {})}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("none", "noise_selection")])
+def test_every_method_changes_the_picture_and_nothing_after_it(studio: Studio, method: str) -> None:
+    payload: dict[str, Any] = {"steps": 6, "batch_size": 2}
+    before = studio.run(**payload)
+    run = studio.run(settings_of(method), **payload)
+    again = studio.run(settings_of(method), **payload)
+    after = studio.run(**payload)
+    assert same(before, after) and same(run, again)
+    for image in range(2):
+        assert run.read("Memnoise", image) == method and run.read("Memnoise failed", image) is None
+        assert close(run.pictures[image], before.pictures[image]) > 0.1, image
+
+
+@pytest.mark.parametrize("sampler", ["DDIM", "Euler a", "DPM++ 2M", "UniPC", "PLMS"])
+@pytest.mark.parametrize("method", PROMPT_METHODS)
+def test_prompt_methods_work_in_every_sampler_beside_and_beyond_others(
+    studio: Studio, method: str, sampler: str
+) -> None:
+    payload: dict[str, Any] = {
+        "sampler_name": sampler,
+        "steps": 5,
+        "prompt": "a fox AND snow :0.5, in [winter:summer:3]",
+    }
+    settings = settings_of(method)
+    together = studio.run(settings, **payload, batch_size=2)
+    alone = studio.run(settings, **{**payload, "seed": 8})
+    assert together.read("Memnoise failed") is None
+    assert close(together.pictures[1], alone.pictures[0]) <= ROUNDING
+    assert close(alone.pictures[0], studio.run(**{**payload, "seed": 8}).pictures[0]) > 0.1
+
+
+def test_random_tokens_are_in_the_metadata_and_make_the_image_again(studio: Studio) -> None:
+    run = studio.run({"method": "random_tokens", "tokens": 3}, batch_size=2)
+    texts = [run.read("Memnoise prompt", image) or "" for image in range(2)]
+    assert texts[0] != texts[1]
+    for image, text in enumerate(texts):
+        words = ["a", "red", "fox", "in", "the", "snow"]
+        assert len(text.split(" ")) >= len(words) + 3 and set(words) <= set(text.split(" "))
+        assert run.infotexts[image + len(run.infotexts) - 2].split("\n")[0] == "a red fox in the snow"
+        # the text alone, as a prompt of its own, is the same picture
+        plain = studio.run(prompt=text, seed=7 + image)
+        assert close(plain.pictures[0], run.pictures[image]) <= ROUNDING
+    assert run.number("rows") == studio.run({"method": "none", "reference": "negative"}).number("rows")
+
+
+@pytest.mark.parametrize("padding", ["pad", "end", "both"])
+def test_the_padding_fix_leaves_the_host_s_conditions_alone(studio: Studio, padding: str) -> None:
+    before = studio.run()
+    run = studio.run({"method": "padding_fix", "padding": padding})
+    assert run.read("Memnoise failed") is None
+    assert close(run.pictures[0], before.pictures[0]) > 0.1
+    assert same(studio.run(), before)
+
+
+def test_cross_attention_of_one_is_no_change_to_the_bit(studio: Studio) -> None:
+    settings = {"method": "cross_attention", "bos_scale": 1, "mask_padding": False}
+    assert same(studio.run(settings, batch_size=2), studio.run(batch_size=2))
+
+
+def test_the_prompt_s_vectors_cost_one_unconditional_row(studio: Studio) -> None:
+    run = studio.run({"method": "prompt_embedding", "max_steps": 3, "target": 0, "lr": 0.1}, steps=6)
+    plain = studio.run({"method": "none"}, steps=6)
+    assert run.number("magnitude after") < run.number("magnitude")
+    # 1 unconditional and 4 of the prompt; the first step asks for the unconditional one and, perhaps, the last again
+    more = run.number("rows") - plain.number("rows")
+    assert 3 <= more <= 4 and run.number("backward rows") == 3
+
+
+def test_noise_selection_hands_the_chosen_noise_on(studio: Studio) -> None:
+    plain = studio.run({"method": "none"}, batch_size=2)
+    run = studio.run({"method": "noise_selection", "candidates": 5}, batch_size=2)
+    for image in range(2):
+        assert run.number("magnitude", image) == plain.number("magnitude", image)
+        assert run.number("magnitude after", image) <= run.number("magnitude", image)
+        assert run.number("rows", image) == plain.number("rows", image) + 8
+        chosen = "was chosen" in (run.read("Memnoise note", image) or "")
+        assert chosen == (run.number("magnitude after", image) < run.number("magnitude", image))
+    assert same(studio.run({"method": "noise_selection", "candidates": 1}, batch_size=2), studio.run(batch_size=2))
+
+
+@pytest.mark.parametrize("method", PROMPT_METHODS)
+def test_images_that_are_left_alone_are_heard_as_they_are(studio: Studio, method: str) -> None:
+    scores = studio.run({"method": "none"}, batch_size=3)
+    sizes = sorted(scores.number("magnitude", image) for image in range(3))
+    settings = {**settings_of(method), "when": "flagged", "threshold": (sizes[0] + sizes[1]) / 2 * 8}
+    run, plain = studio.run(settings, batch_size=3), studio.run(batch_size=3)
+    left = [image for image in range(3) if run.read("Memnoise mitigated", image) == "False"]
+    assert len(left) == 1
+    for image in range(3):
+        difference = close(run.pictures[image], plain.pictures[image])
+        assert difference <= ROUNDING if image in left else difference > 0.1
+
+
+@pytest.mark.parametrize("method", ["random_tokens", "padding_fix", "cross_attention"])
+def test_guidance_may_start_later_as_well(studio: Studio, method: str) -> None:
+    now, later = (studio.run({**settings_of(method), "guidance": "tau", "tau": tau}) for tau in (999, 500))
+    assert later.read("Memnoise failed") is None and later.number("rows") < 16
+    assert close(now.pictures[0], later.pictures[0]) > ROUNDING
+
+
+@pytest.mark.parametrize("method", PROMPT_METHODS)
+def test_long_prompts_and_negative_prompts(studio: Studio, method: str) -> None:
+    run = studio.run(settings_of(method), prompt="a fox, " * 60, negative_prompt="blurry", steps=5)
+    assert run.read("Memnoise failed") is None
+    assert (
+        close(run.pictures[0], studio.run(prompt="a fox, " * 60, negative_prompt="blurry", steps=5).pictures[0]) > 0.1
+    )
+
+
+@pytest.mark.parametrize("method", ["random_tokens", "padding_fix", "cross_attention", "noise_selection"])
+def test_the_hires_pass_only_if_asked(studio: Studio, method: str) -> None:
+    payload: dict[str, Any] = {"enable_hr": True, "hr_scale": 2, "denoising_strength": 0.7, "steps": 4}
+    first = studio.run(settings_of(method), **payload)
+    both = studio.run({**settings_of(method), "hires": True}, **payload)
+    assert both.read("Memnoise failed") is None
+    assert both.number("rows") > first.number("rows")
+    assert close(first.pictures[0], both.pictures[0]) > 0.1
+
+
+def test_other_checkpoints(studio: Studio) -> None:
+    for checkpoint in ("sd2-v", "sdxl"):
+        studio.host.load(checkpoint)
+        for method in METHODS:
+            run = studio.run(settings_of(method), steps=4)
+            failed = run.read("Memnoise failed")
+            pads_with_zero = method == "padding_fix" and "pads with token 0 already" in (failed or "")
+            assert failed is None or pads_with_zero, (checkpoint, method)
