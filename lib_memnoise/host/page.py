@@ -61,7 +61,7 @@ class Page:
                 elem_id=elem_id("compared"),
             )
             self.reference = gr.Image(
-                type="pil", label="Picture that must not be copied (optional)", elem_id=elem_id("reference")
+                type="pil", label="Picture that must not be copied (optional)", elem_id=elem_id("likeness")
             )
             self.compare = gr.Button("Compare methods", elem_id=elem_id("compare"))
             self.grid = gr.Image(label="The same seeds by every method", visible=False, elem_id=elem_id("grid"))

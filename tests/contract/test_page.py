@@ -27,10 +27,6 @@ PER_SAMPLE = (
 MALFORMED = f"{PICTURE}, Memnoise: batch_wise, Memnoise preset: custom, Memnoise gamma: 0.4, Memnoise tau: soon"
 SOON = f'memnoise: tau = "soon" is not valid; it must be {requirement("tau")}.'
 TAU_AXIS = f"[Memnoise] {SPECS['tau'].label}"
-OWN = {
-    method: [name for name, spec in SPECS.items() if method in spec.methods and not spec.advanced] for method in METHODS
-}
-"""The controls that belong to one method, outside "More"."""
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +52,9 @@ def expect(locator: Any) -> Any:
 
 
 def check_visible(page: HostPage, method: str, *, custom: bool) -> None:
-    for owner, names in OWN.items():
-        for name in names:
-            visible = owner == method and (custom or not SPECS[name].preset)
+    for name, spec in SPECS.items():
+        if spec.methods and not spec.advanced:
+            visible = method in spec.methods and (custom or not spec.preset)
             expect(page.control(name)).to_be_visible(visible=visible)
 
 
