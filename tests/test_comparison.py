@@ -16,8 +16,9 @@ from lib_memnoise.lab.page import page
 from lib_memnoise.lab.samplers import SAMPLERS
 from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar, clean_and_eps, ddim_timesteps
 from lib_memnoise.miniature.model import Miniature, load_miniature
+from lib_memnoise.mitigations import METHODS
 from lib_memnoise.prediction import magnitude
-from lib_memnoise.settings import Settings
+from lib_memnoise.settings import Settings, from_mapping
 
 
 @pytest.fixture(scope="module")
@@ -308,3 +309,52 @@ def test_random_displacement_is_as_long(model: Miniature) -> None:
 def test_auc() -> None:
     assert claims.auc(np.array([3.0, 4.0]), np.array([1.0, 2.0])) == 1
     assert claims.auc(np.array([1.0, 4.0]), np.array([2.0, 3.0])) == 0.5
+
+
+# Every method
+
+
+def test_every_method_is_compared_by_settings_that_the_api_takes() -> None:
+    compared = [settings for settings in comparison.EVERY.values() if settings.enabled]
+    assert {settings.method for settings in compared} == set(METHODS) - {"none"}
+    for settings in compared:
+        given = {name: value for name, value in settings.of_method().items() if value is not None}
+        assert from_mapping(given) == settings
+
+
+def generated(model: Miniature, method: str, captions: list[str], **values: Any) -> bench.Generated:
+    settings = Settings(enabled=True, method=method, **values)
+    return bench.generate(model, captions, bench.noises(range(len(captions))), settings, seeds=[5, 6], steps=4)
+
+
+CAPTIONS = ["a fox on a red background", "an owl and a fox on a blue background"]
+
+
+def test_another_text_is_the_prompt_of_that_text(model: Miniature) -> None:
+    run = generated(model, "random_tokens", CAPTIONS, tokens=2)
+    assert run.outcome is not None
+    texts = [run.outcome.prompts[image].text or "" for image in range(2)]
+    assert all(len(text.split()) == len(caption.split()) + 2 for text, caption in zip(texts, CAPTIONS))
+    alone = bench.generate(model, texts, bench.noises(range(2)), Settings(), steps=4)
+    assert torch.equal(run.latents, alone.latents) and run.forward.tolist() == [6, 6]
+    assert torch.equal(run.after, alone.before)  # ‖Δ‖ of the prompt as it was heard
+
+
+def test_what_changes_the_prompt_changes_nothing_at_its_neutral_value(model: Miniature) -> None:
+    plain = bench.generate(model, CAPTIONS, bench.noises(range(2)), Settings(), steps=4)
+    for method, values in (
+        ("cross_attention", {"bos_scale": 1.0, "mask_padding": False}),
+        ("random_tokens", {"tokens": 0}),
+        ("noise_selection", {"candidates": 1}),
+    ):
+        assert torch.equal(generated(model, method, CAPTIONS, **values).latents, plain.latents), method
+    # whose first answers come from other batches
+    same = generated(model, "prompt_embedding", CAPTIONS, max_steps=0).latents
+    torch.testing.assert_close(same, plain.latents, atol=1e-2, rtol=1e-2)
+
+
+def test_the_vectors_cost_their_own_rows_alone(model: Miniature) -> None:
+    run = generated(model, "prompt_embedding", CAPTIONS, target=1e-3, target_kind="fraction", max_steps=3)
+    # an unconditional row, and four of the prompt; where the last is the best, the first step asks for neither
+    assert all(6 + 5 - 2 <= rows <= 6 + 5 for rows in run.forward.tolist()) and run.backward.tolist() == [3, 3]
+    assert (run.after < run.before).all()

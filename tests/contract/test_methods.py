@@ -153,3 +153,44 @@ def test_other_checkpoints(studio: Studio) -> None:
             failed = run.read("Memnoise failed")
             pads_with_zero = method == "padding_fix" and "pads with token 0 already" in (failed or "")
             assert failed is None or pads_with_zero, (checkpoint, method)
+
+
+OPTIMISATIONS = ["sdp-no-mem", "sdp", "sub-quadratic", "V1", "InvokeAI", "Doggettx", "None"]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_is_the_same_under_every_optimisation(studio: Studio, masked: bool) -> None:
+    if not studio.is_real:
+        pytest.skip("the double has one attention")
+    settings = {"method": "cross_attention", "bos_scale": 3, "mask_padding": masked}
+    pictures = []
+    for name in OPTIMISATIONS:
+        with studio.options({"cross_attention_optimization": name}):
+            run = studio.run(settings, steps=5, batch_size=2)
+            assert run.read("Memnoise failed") is None, name
+            assert close(run.pictures[0], studio.run(steps=5, batch_size=2).pictures[0]) > 0.1, name
+            pictures.append(run.pictures)
+    assert all(close(a, b) <= ROUNDING for other in pictures for a, b in zip(pictures[0], other))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_method_needs_and_is_not_there(studio: Studio, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    if studio.is_real:
+        pytest.skip("its parts cannot be taken away from here")
+    plain = studio.run()
+    from lib_memnoise.host import hearing, words
+
+    monkeypatch.setattr(hearing, "cross_attentions", lambda unet: [])
+    monkeypatch.setattr(words, "text_encoders", lambda: [])
+    for method, reason in (
+        ("cross_attention", "no cross-attention was found in the network"),
+        ("padding_fix", "the text encoder pads with token 0 already"),
+        ("random_tokens", "the text encoder cannot be reached"),
+    ):
+        settings = {"method": method, "fail_instead": fails}
+        if fails:
+            answer = studio.answer([True, settings])
+            assert answer.status == 500 and reason in answer.detail
+        else:
+            run = studio.run(settings)
+            assert reason in (run.read("Memnoise failed") or "") and same(run, plain)
