@@ -311,9 +311,9 @@ def judge(found: Measured) -> list[Claim]:
             lambda v, low, high: v <= 0.05,
         )
     add(
-        f"a random displacement as long as batch-wise's gains nothing at tau {tau:g} (interval includes 0)",
+        f"a random displacement as long as batch-wise's gains nothing at tau {tau:g} (interval not above 0)",
         nothing,
-        lambda v, low, high: low <= 0 <= high,
+        lambda v, low, high: low <= 0,
     )
     add(
         "the score tells memorised prompts from controls (AUC of one noise, at least 0.9)",
