@@ -417,7 +417,7 @@ PRESET_VALUES: dict[str, dict[str, Any]] = {
     # Appendix B, Euler. Which space γ̃, ρ and lr act in is not published. γ̃ and lr are divided by σ_max (γ̃ is then 0.7
     # on ε, SD1.4's very value), ρ is not: on the v-prediction miniature ‖Δ‖ then falls to 0.61 of itself and the
     # noise keeps its length, while ρ / σ_max leaves it at 0.92, and γ̃ as published brings it to 0.23 with noise of
-    # twice its length (`benchmarks/sd2_units.py`). Targets are in v, of which the paper sweeps 5…20 and names no default.
+    # twice its length (`benchmarks/sd2_units.py`). Targets are in v; the paper sweeps 5…20 and names no default.
     "sd2_v": {
         "gamma": round(0.7 / SIGMA_MAX, 4), "rho": 30.0, "steps": 4, "tau": 917.449,
         "lr": round(0.1 / SIGMA_MAX, 5), "target": 10.0, "target_kind": "absolute", "threshold": 20.0,
