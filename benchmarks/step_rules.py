@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib_memnoise.lab.bench import FirstDelta, make_network, noises
+from lib_memnoise.lab.claims import interval
 from lib_memnoise.lab.study import Subject, seed_of, study, subjects
 from lib_memnoise.miniature.model import Miniature, load_miniature
 from lib_memnoise.mitigations.per_sample import adjust
@@ -118,15 +119,31 @@ def report(model: Miniature, chosen: list[Subject], images: int, seed: int, frac
         )
 
 
+def paired(model: Miniature, chosen: list[Subject], images: int, seed: int, fraction: float) -> None:
+    """The shipped rule against the paper's, as the extension runs them."""
+    common = {"enabled": True, "method": "per_sample", "target": fraction, "target_kind": "fraction"}
+    ways = ({"lr": 0.01}, {"lr": 0.06, "rule": "sphere"})
+    adamw, sphere = (study(model, chosen, Settings(**common, **way), images=images, seed=seed) for way in ways)  # type: ignore[arg-type]
+    print(f"{'':12} {'AdamW':>8} {'sphere':>8} difference")
+    for name in ("similarity", "alignment", "norm", "forward", "backward"):
+        before, after = getattr(adamw, name), getattr(sphere, name)
+        difference = (after - before).mean(1)
+        low, high = interval(len(chosen), statistic=lambda drawn, d=difference: d[drawn].mean())
+        print(f"{name:12} {before.mean():8.3f} {after.mean():8.3f} {difference.mean():8.3f} [{low:.3f}, {high:.3f}]")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("rules", "paired"), default="rules")
     parser.add_argument("--held-out", action="store_true")
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fraction", type=float, default=0.5)
     arguments = parser.parse_args()
-    chosen = subjects(memorised=True, held_out=arguments.held_out)
-    report(load_miniature(), chosen, arguments.images, arguments.seed, arguments.fraction)
+    held_out = arguments.held_out or arguments.what == "paired"
+    run = paired if arguments.what == "paired" else report
+    chosen = subjects(memorised=True, held_out=held_out)
+    run(load_miniature(), chosen, arguments.images, arguments.seed, arguments.fraction)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ STARTS = {
 }
 TRACES = {"off": "no", "on": "as sampled", "compare": "as sampled, and of the noise as drawn"}
 MITIGATED = {"always": "every image", "flagged": "images that score as memorised"}
+RULES = {"adamw": "AdamW", "sphere": "of one length, on the sphere"}
 PADDINGS = {
     "both": "token 0, and no end token",
     "pad": "token 0 as padding",
@@ -235,6 +236,14 @@ class Settings:
         methods=_DECAYED,
         advanced=True,
         help="Keeps what is adjusted near its usual length.",
+    )
+    rule: str = _setting(
+        "adamw",
+        label="Steps",
+        methods=_SAMPLE,
+        advanced=True,
+        choices=RULES,
+        help="AdamW's, as in the paper; or of one length, learning rate · √d, with the noise's length put back.",
     )
     candidates: int = _setting(
         4,

@@ -178,3 +178,26 @@ def test_half_precision_unet() -> None:
     assert abs(int(half.steps) - int(whole.steps)) <= 1
     moved, expected = (half.x - x).flatten(), (whole.x - x).flatten()
     assert torch.cosine_similarity(moved, expected, dim=0) > 0.98
+
+
+@given(seed=st.integers(0, 1000), lr=st.floats(0.02, 0.1), fraction=st.floats(0.5, 0.95))
+@settings(max_examples=15, deadline=None)
+def test_steps_on_the_sphere_have_one_length_and_keep_the_noise_s(seed: int, lr: float, fraction: float) -> None:
+    x, exact = noise(2, seed=seed).double(), SmallDelta(seed=seed).double()
+    target = fraction * float(magnitude(exact(x)).detach().mean())
+    result = adjust(x, exact, lr=lr, target=target, max_steps=20, rule="sphere")
+    for image in range(2):
+        moved, best, least, steps = x[image].clone(), x[image], math.inf, 0
+        for step in range(21):
+            leaf = moved.clone().requires_grad_()
+            loss = exact(leaf[None]).norm()
+            if loss.item() <= least:
+                best, least = moved, loss.item()
+            if loss.item() < target or step == 20:
+                break
+            (g,) = torch.autograd.grad(loss, leaf)
+            moved = moved - lr * math.sqrt(moved.numel()) * g / g.norm()
+            moved, steps = moved * x[image].norm() / moved.norm(), steps + 1
+        torch.testing.assert_close(result.x[image], best, atol=1e-8, rtol=1e-8)
+        assert int(result.steps[image]) == steps
+        assert math.isclose(result.x[image].norm(), x[image].norm(), rel_tol=1e-9)
