@@ -75,11 +75,11 @@ _DECAYED = ("per_sample", "prompt_embedding")
 class Settings:
     """Validated settings of one generation. None stands for "as the preset has it"."""
 
-    enabled: bool = _setting(False, label="Memnoise", help="Adjust the initial noise and hold guidance back.")
+    enabled: bool = _setting(False, label="Memnoise", help="Keep the model from reproducing its training images.")
     method: str = _setting(
         "batch_wise",
         label="Method",
-        help="How the initial noise is adjusted.",
+        help="What is changed: the noise, the prompt as the network hears it, or when guidance starts.",
         choices={name: method.label for name, method in METHODS.items()},
     )
     preset: str = _setting(
@@ -126,7 +126,7 @@ class Settings:
         "method",
         label="Guidance starts",
         choices=STARTS,
-        help="Batch-wise has it at τ, the others at the first step.",
+        help="Until then the unconditional prediction is followed.",
     )
     gamma: float | None = _setting(
         None,

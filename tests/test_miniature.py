@@ -34,7 +34,8 @@ from lib_memnoise.miniature.text import (
     vocabulary,
 )
 from lib_memnoise.miniature.validation import validate
-from lib_memnoise.miniature.yardsticks import COPIED, similarity
+from lib_memnoise.miniature.yardsticks import COPIED
+from lib_memnoise.similarity import similarity
 
 # Captions
 

@@ -154,24 +154,8 @@ def generated(
     request: Request, settings: dict[str, Any], seeds: list[int]
 ) -> tuple[list[Image.Image], Generation | None, str | None]:
     """The pictures of one row, what memnoise did, and why there are no pictures if there are none."""
-    p = processing.StableDiffusionProcessingTxt2Img(
-        sd_model=shared.sd_model,
-        prompt=list(request.prompts) * len(seeds),
-        negative_prompt=request.negative_prompt,
-        styles=list(request.styles),
-        seed=list(seeds),
-        subseed=list(seeds),
-        sampler_name=request.sampler_name,
-        scheduler=request.scheduler,
-        batch_size=len(seeds),
-        n_iter=1,
-        steps=request.steps,
-        cfg_scale=request.cfg_scale,
-        width=request.width,
-        height=request.height,
-        do_not_save_samples=True,
-        do_not_save_grid=True,
-    )
+    kind = processing.StableDiffusionProcessingTxt2Img
+    p = scoring.make_processing(kind, request, list(request.prompts) * len(seeds), seeds)
     try:
         p.scripts = alone()
         p.script_args = [True, settings, *[None] * (len(SLOTS) - 2)]

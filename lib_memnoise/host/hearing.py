@@ -44,6 +44,7 @@ class Hearing:
         self._encoded: Any = None
         self._encoded_for: Any = None
         self._places: dict[str, words.Places] = {}
+        self._schedules: dict[str, words.Schedules] = {}
         self._encode()
 
     @staticmethod
@@ -58,7 +59,7 @@ class Hearing:
             for image, text in enumerate(own)
         ]
 
-    def _schedule(self) -> tuple[Any, ...]:
+    def _steps(self) -> tuple[Any, ...]:
         """Steps as the host gives them to its own prompts' encoding."""
         p = self.p
         if not p.is_hr_pass:
@@ -72,24 +73,28 @@ class Hearing:
     def _encode(self) -> None:
         """Conditions of the whole batch, as the host would make them."""
         self._encoded, self._encoded_for = None, self._checkpoint()
-        padded = any(prompt.pad_zero for prompt in self.prompts.values())
-        if not padded and not any(prompt.text is not None or prompt.zero_end for prompt in self.prompts.values()):
+        if not self._recoded():
             return
-        p, schedule = self.p, self._schedule()
+        padded = any(prompt.pad_zero for prompt in self.prompts.values())
+        p, steps = self.p, self._steps()
         size = {"width": p.width, "height": p.height}
         if p.is_hr_pass:
             size = {"width": p.hr_upscale_to_x, "height": p.hr_upscale_to_y}
         negative_texts = p.hr_negative_prompts if p.is_hr_pass else p.negative_prompts
         with devices.autocast(), padding_with_zero() if padded else contextlib.nullcontext():
             texts = prompt_parser.SdConditioning(self._texts(), **size)
-            prompts = prompt_parser.get_multicond_learned_conditioning(shared.sd_model, texts, *schedule)
+            prompts = prompt_parser.get_multicond_learned_conditioning(shared.sd_model, texts, *steps)
             negative = empty = None
             if padded:
                 negatives = prompt_parser.SdConditioning(negative_texts, is_negative_prompt=True, **size)
                 nothing = prompt_parser.SdConditioning([""], is_negative_prompt=True, **size)
-                negative = prompt_parser.get_learned_conditioning(shared.sd_model, negatives, *schedule)
-                empty = prompt_parser.get_learned_conditioning(shared.sd_model, nothing, *schedule)
+                negative = prompt_parser.get_learned_conditioning(shared.sd_model, negatives, *steps)
+                empty = prompt_parser.get_learned_conditioning(shared.sd_model, nothing, *steps)
         self._encoded = prompts, negative, empty
+
+    def _recoded(self) -> list[int]:
+        """The images whose prompt is encoded otherwise; other changes are made to the host's own vectors."""
+        return [i for i, prompt in self.prompts.items() if prompt.text is not None or prompt.pad_zero]
 
     def _now(self) -> Any:
         if self._encoded_for != self._checkpoint():
@@ -98,9 +103,10 @@ class Hearing:
 
     def step_texts(self, image: int, step: int) -> list[str]:
         """The prompt's parts (AND) as they are at a step."""
-        _, flat, _ = prompt_parser.get_multicond_prompt_list([self._texts()[image]])
-        schedules = prompt_parser.get_learned_conditioning_prompt_schedules(list(flat), *self._schedule())
-        return [next((text for end, text in part if step <= end), part[-1][1]) for part in schedules]
+        text = self._texts()[image]
+        if text not in self._schedules:
+            self._schedules[text] = words.schedules(text, *self._steps())
+        return words.step_texts(self._schedules[text], step)
 
     def places(self, text: str) -> words.Places:
         if text not in self._places:
@@ -119,8 +125,7 @@ class Hearing:
             raise RuntimeError("another extension changed the batch")
         encoded = self._now()
         if encoded is not None:
-            edited = [i for i, prompt in self.prompts.items() if prompt.text is not None or prompt.pad_zero]
-            edited += [i for i, prompt in self.prompts.items() if prompt.zero_end and i not in edited]
+            edited = self._recoded()
             own = denoiser.sampler.sampler_extra_args["cond"]
             mixed = prompt_parser.MulticondLearnedConditioning(
                 own.shape, [encoded[0].batch[i] if i in edited else parts for i, parts in enumerate(batch)]
@@ -226,10 +231,3 @@ def padding_with_zero() -> Iterator[None]:
     finally:
         for encoder, token in zip(encoders, before):
             encoder.id_pad = token
-
-
-def reported(prompts: Mapping[int, Prompt], reports: list[ImageReport]) -> None:
-    """Other texts are told: they are the image's own."""
-    for image, prompt in prompts.items():
-        if prompt.text is not None:
-            reports[image].prompt = prompt.text

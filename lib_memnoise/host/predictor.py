@@ -15,7 +15,6 @@ from lib_memnoise.host import words
 from lib_memnoise.host.handover import Answer, Answers, network_state
 from lib_memnoise.host.refusals import Unsupported, raise_if_interrupted
 from lib_memnoise.host.rows import Cond, select_rows
-from lib_memnoise.host.words import CHUNK
 from lib_memnoise.prediction import magnitude, per_image
 
 
@@ -248,7 +247,7 @@ class Predictor:
     @property
     def fixed(self) -> list[int]:
         """Start tokens, one for each chunk, and what only pads to the negative prompt's length."""
-        return [place for place in range(tokens(self.cond)) if place % CHUNK == 0 or place >= self.length]
+        return [place for place in range(tokens(self.cond)) if place % words.CHUNK == 0 or place >= self.length]
 
     def hearing(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
         """See `lib_memnoise.prediction.PromptedDelta`."""

@@ -190,7 +190,7 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
                 delta = replace(predictor, cond=words.with_vectors(cond, vectors))(x)
                 (gradient,) = torch.autograd.grad(magnitude(delta).sum(), vectors)
         size = torch.linalg.vector_norm(gradient.float(), dim=2)
-        texts = [text for i in range(len(x)) for text in words.step_texts(self.prompts[i], self.steps)]
+        texts = [text for i in range(len(x)) for text in words.step_texts(words.schedules(self.prompts[i], self.steps))]
         return words.merged(texts, size, owners, len(x))
 
 
@@ -212,20 +212,18 @@ def score(request: Request) -> list[ScoredImage]:
     return [scored for prompt in request.prompts for part in seeds for scored in run_probe(request, [prompt], part)]
 
 
-def run_probe(request: Request, prompts: Sequence[str], seeds: Sequence[int]) -> list[ScoredImage]:
-    """One batch: a prompt with several seeds, or several prompts with one seed each."""
-    count = max(len(prompts), len(seeds))
-    seeds = [processing.get_fixed_seed(seed) for seed in seeds]
-    p = Probe(
+def make_processing(kind: type[Any], request: Request, prompts: list[str], seeds: Sequence[int]) -> Any:
+    """A generation of one batch, with nothing saved: a prompt and a fixed seed for each image."""
+    return kind(
         sd_model=shared.sd_model,
-        prompt=list(prompts) * (count if len(prompts) == 1 else 1),
+        prompt=prompts,
         negative_prompt=request.negative_prompt,
         styles=list(request.styles),
         seed=list(seeds),
         subseed=list(seeds),
         sampler_name=request.sampler_name,
         scheduler=request.scheduler,
-        batch_size=count,
+        batch_size=len(prompts),
         n_iter=1,
         steps=request.steps,
         cfg_scale=request.cfg_scale,
@@ -234,6 +232,13 @@ def run_probe(request: Request, prompts: Sequence[str], seeds: Sequence[int]) ->
         do_not_save_samples=True,
         do_not_save_grid=True,
     )
+
+
+def run_probe(request: Request, prompts: Sequence[str], seeds: Sequence[int]) -> list[ScoredImage]:
+    """One batch: a prompt with several seeds, or several prompts with one seed each."""
+    count = max(len(prompts), len(seeds))
+    seeds = [processing.get_fixed_seed(seed) for seed in seeds]
+    p = make_processing(Probe, request, list(prompts) * (count if len(prompts) == 1 else 1), seeds)
     p.scripts = None
     p.scored, p.wants_words = [], request.words
     if shared.state.interrupted or shared.state.skipped:

@@ -28,11 +28,20 @@ def with_vectors(cond: Cond, values: Tensor) -> Cond:
     return prompt_parser.DictWithShape({**cond, "crossattn": values})
 
 
-def step_texts(prompt: str, steps: int) -> list[str]:
-    """The prompt's parts (AND) as they are at the first step, a text for each row of its condition."""
+Schedules = list[list[Any]]
+"""Of each part of a prompt (AND): `[last step, text]` pairs in order."""
+
+
+def schedules(prompt: str, *steps: Any) -> Schedules:
+    """A prompt's parts with prompt editing; `steps` as the host gives them to its own encoding."""
     _, flat, _ = prompt_parser.get_multicond_prompt_list([prompt])
-    schedules = prompt_parser.get_learned_conditioning_prompt_schedules(list(flat), steps)
-    return [schedule[0][1] for schedule in schedules]
+    found: Schedules = prompt_parser.get_learned_conditioning_prompt_schedules(list(flat), *steps)
+    return found
+
+
+def step_texts(parts: Schedules, step: int = 0) -> list[str]:
+    """The parts as the host has them at a step, a text for each row of the prompt's condition."""
+    return [next((text for end, text in part if step <= end), part[0][1]) for part in parts]
 
 
 def text_encoder() -> Any:

@@ -101,16 +101,17 @@ class Network:
         cond, uncond = self.cond.clone(), self.uncond.clone()
         heard = [PLAIN] * len(captions)
         for i, prompt in prompts.items():
-            changed = prompt.vectors is None
-            cond[i] = self._vectors(captions[i], prompt) if prompt.vectors is None else prompt.vectors[0]
+            if prompt.vectors is not None:
+                cond[i] = prompt.vectors[0]  # the answers are to these
+                continue
+            cond[i] = self._vectors(captions[i], prompt)
+            self.answers.pop(int(self.image[i]), None)
             if prompt.pad_zero:
                 uncond[i] = self._vectors("", replace(prompt, text=None, zero_end=False))
             if prompt.attention is not None:
                 used = len(words(prompt.text or captions[i])) + 2
                 kept = tuple(range(used)) if prompt.attention.mask_padding else None
                 heard[i] = Row(prompt.attention.scale, (0,), kept)
-            if changed:
-                self.answers.pop(int(self.image[i]), None)
         attended = any(row != PLAIN for row in heard)
         return replace(self, cond=cond, uncond=uncond, heard=tuple(heard) if attended else None)
 

@@ -15,8 +15,9 @@ from lib_memnoise.lab.bench import PRESETS, STEPS, Generated, generate, make_net
 from lib_memnoise.lab.samplers import SAMPLERS
 from lib_memnoise.miniature.model import Miniature, to_pictures
 from lib_memnoise.miniature.scenes import Prompt, draw, prompts
-from lib_memnoise.miniature.yardsticks import COPIED, similarity
+from lib_memnoise.miniature.yardsticks import COPIED
 from lib_memnoise.settings import Settings
+from lib_memnoise.similarity import similarity
 
 BATCH = 32
 

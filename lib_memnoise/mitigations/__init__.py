@@ -21,8 +21,6 @@ class Method:
     """Back-propagates through the network."""
     module: str = ""
     """Of this package, where it has not the method's name."""
-    changes_prompt: bool = False
-    """What the network hears of the prompt is changed."""
 
 
 METHODS: dict[str, Method] = {
@@ -66,26 +64,22 @@ METHODS: dict[str, Method] = {
         label="Random tokens",
         help="Random tokens between the words of the prompt, from the image's seed. No cost; another prompt.",
         guidance="first",
-        changes_prompt=True,
     ),
     "prompt_embedding": Method(
         label="Prompt embedding",
         help="Gradient descent on the prompt's vectors instead of the noise. Needs memory for a backward pass.",
         guidance="first",
         needs_gradient=True,
-        changes_prompt=True,
     ),
     "cross_attention": Method(
         label="Cross-attention scaling",
         help="The network hears the prompt's start token louder and its padding not at all. Costs nothing.",
         guidance="first",
-        changes_prompt=True,
     ),
     "padding_fix": Method(
         label="Padding fix",
         help="The prompt is padded with another token than its end. For SD 1's text encoder. Costs nothing.",
         guidance="first",
-        changes_prompt=True,
     ),
     "sail": Method(
         label="SAIL",
