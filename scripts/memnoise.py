@@ -2,7 +2,7 @@
 
 from modules import script_callbacks, scripts
 
-from lib_memnoise.host import a1111, api, arguments, page, ui, xyz
+from lib_memnoise.host import a1111, api, arguments, page, refusals, ui, xyz
 
 
 class Memnoise(scripts.Script):
@@ -21,6 +21,7 @@ class Memnoise(scripts.Script):
         return components
 
     def setup(self, p, *args):
+        refusals.expect_cells(p)
         settings = arguments.requested(p, args)
         if isinstance(settings, arguments.Refusal):
             arguments.refuse_before_plot(p, settings)

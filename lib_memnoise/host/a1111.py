@@ -27,9 +27,9 @@ from lib_memnoise.host.calibrations import parameterization
 from lib_memnoise.host.drawn import trace_as_drawn
 from lib_memnoise.host.gate import GATE, Gate
 from lib_memnoise.host.gradients import frozen_network, run_leanly
-from lib_memnoise.host.hearing import Hearing, reported
+from lib_memnoise.host.hearing import Hearing
 from lib_memnoise.host.predictor import Predictor, empty_prompt, make_predictor
-from lib_memnoise.host.refusals import Interrupted, Unsupported
+from lib_memnoise.host.refusals import Interrupted, Unsupported, fails, keep_failed_cells
 from lib_memnoise.host.rows import Cond
 from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations import METHODS
@@ -69,6 +69,7 @@ def refuse(p: Any, refusal: Exception) -> None:
     """Make the request fail with this sentence: the host would swallow it if it were raised from here."""
 
     def init(*args: Any, **kwargs: Any) -> None:
+        fails(p, refusal)
         raise refusal
 
     p.init = init
@@ -143,7 +144,6 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
         noise.copy_(outcome.x)
         t = predictor.step.t
         fill_reports(reports, outcome)
-        reported(outcome.prompts, reports)
         starts = starts_of(reports, settings)
         for report, start in zip(reports, starts):
             if not report.left_alone:
@@ -272,6 +272,8 @@ def fill_reports(reports: list[ImageReport], outcome: Outcome) -> None:
             reports[image].note(note)
     for image, reason in outcome.failed.items():
         reports[image].failed = reason
+    for image, prompt in outcome.prompts.items():
+        reports[image].prompt = prompt.text
 
 
 def fail(p: Any, generation: Generation, reports: list[ImageReport], error: Exception) -> None:
@@ -293,6 +295,7 @@ def fail_sampling(p: Any, error: Exception) -> None:
     """Fail the request when the host starts to sample; it would swallow the exception if it were raised here."""
 
     def sample(*args: Any, **kwargs: Any) -> None:
+        fails(p, error)
         raise error
 
     p.sampler.sample = p.sampler.sample_img2img = sample
@@ -380,6 +383,7 @@ def summary(settings: Settings, report: ImageReport) -> str:
 
 def finish(p: Any, processed: Any) -> None:
     """`postprocess`: the API's info takes lists of plain values where infotext had functions."""
+    keep_failed_cells(p)
     generation = generation_of(p)
     if generation is None:
         return

@@ -25,6 +25,7 @@ from lib_memnoise.host.predictor import (
     pad_unconditional,
     tokens,
 )
+from lib_memnoise.host.refusals import fails
 from lib_memnoise.host.rows import Cond, select_rows
 
 GATE = "memnoise_gate"
@@ -191,6 +192,7 @@ class Gate:
         if self._off and (len(owners) != x.shape[0] or not torch.equal(x, self._latents[owners])):
             self._give_up(RuntimeError("another extension changed the batch"))
         if self.error is not None and self.fail_instead:
+            fails(self.p, self.error)
             raise self.error
         images = sorted(self._off.intersection(owners).difference(self._decided))
         if images:

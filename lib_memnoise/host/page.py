@@ -16,6 +16,7 @@ from modules import call_queue, images, processing, shared
 
 from lib_memnoise.calibration import ordinary_prompts
 from lib_memnoise.host import scoring
+from lib_memnoise.host.refusals import FAILED_CELLS
 from lib_memnoise.host.traces import STORE
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.settings import INFOTEXT
@@ -72,6 +73,7 @@ class Page:
             label="Words that guidance follows most", visible=False, show_legend=False, elem_id=elem_id("words")
         )
         self.plot = gr.Plot(label="Magnitude along the trajectory", visible=False, elem_id=elem_id("plot"))
+        self.failed = gr.HTML("", elem_id=elem_id("failed"))
         self.task = gr.Textbox(visible=False)
         self.task.do_not_save_to_config = True
 
@@ -95,7 +97,7 @@ class Page:
             **{JS: "memnoiseTask"},
         )
         made.component.change(
-            fn=plotted, inputs=[made.component], outputs=[self.plot], show_progress=False, queue=False
+            fn=told, inputs=[made.component], outputs=[self.plot, self.failed], show_progress=False, queue=False
         )
 
 
@@ -113,10 +115,15 @@ def answering(run: Callable[[dict[str, Any]], Answer], names: Sequence[str]) -> 
         try:
             words, text = run(dict(zip(names, values)))
         except scoring.REFUSALS as error:
-            words, text = [], f"<div class='error'>{html.escape(scoring.said(error))}</div>"
+            words, text = [], refused(error)
         return [gr.update(value=words or None, visible=bool(words)), text]
 
     return answer
+
+
+def refused(error: Exception) -> str:
+    """One of `scoring.REFUSALS` as HTML."""
+    return f"<div class='error'>{html.escape(scoring.said(error))}</div>"
 
 
 def comparing(names: Sequence[str]) -> Callable[..., list[Any]]:
@@ -132,7 +139,7 @@ def comparing(names: Sequence[str]) -> Callable[..., list[Any]]:
             request, chosen, picture = compare.parse({**body, "reference": reference})
             result = compare.compare(request, chosen, picture)
         except scoring.REFUSALS as error:
-            return [gr.update(visible=False), f"<div class='error'>{html.escape(scoring.said(error))}</div>"]
+            return [gr.update(visible=False), refused(error)]
         if shared.opts.grid_save:
             images.save_image(
                 result.grid, shared.opts.outdir_grids or shared.opts.outdir_txt2img_grids, "memnoise", grid=True,
@@ -201,12 +208,19 @@ def calibrated(given: dict[str, Any]) -> Answer:
     )
 
 
-def plotted(info: str) -> Any:
-    """The plot of the generation whose info this is, if it was traced."""
+def told(info: str) -> list[Any]:
+    """What the page shows of a finished request: the trace's plot, if there is one, and why cells of a plot failed."""
     try:
-        name = json.loads(info)["extra_generation_params"].get(f"{INFOTEXT} trace id")
+        params = json.loads(info)["extra_generation_params"]
+        name, failed = params.get(f"{INFOTEXT} trace id"), params.get(FAILED_CELLS) or []
     except (ValueError, KeyError, TypeError, AttributeError):
-        name = None
+        name, failed = None, []
+    said = "".join(f"<p class='error'>A cell failed: {html.escape(text)}</p>" for text in failed)
+    return [plotted(name), said]
+
+
+def plotted(name: Any) -> Any:
+    """The plot of the trace of this id."""
     trace = STORE.get(name) if isinstance(name, str) else None
     if trace is None:
         return gr.update(value=None, visible=False)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from modules import shared
+
+from lib_memnoise.settings import INFOTEXT
+
+FAILED_CELLS = f"{INFOTEXT} failed cells"
+"""Of a plot's info: why some of its cells are empty."""
 
 
 class Interrupted(Exception):
@@ -17,3 +24,22 @@ def raise_if_interrupted() -> None:
     # A direct call of the network bypasses the host's own check.
     if shared.state.interrupted or shared.state.skipped:
         raise Interrupted
+
+
+def expect_cells(p: Any) -> None:
+    """`setup`: what a plot's cells, which are shallow copies of `p`, tell of their failures is kept in one place."""
+    p.memnoise_failed_cells = []
+
+
+def fails(p: Any, error: Exception) -> None:
+    """This generation is about to fail. A plot goes on without the cell, and its info says why."""
+    cells = getattr(p, "memnoise_failed_cells", None)
+    if cells is not None:
+        cells.append(str(error))
+        keep_failed_cells(p)
+
+
+def keep_failed_cells(p: Any) -> None:
+    """Keep the failures in the parameters that a plot's cells share."""
+    if cells := getattr(p, "memnoise_failed_cells", None):
+        p.extra_generation_params[FAILED_CELLS] = list(cells)

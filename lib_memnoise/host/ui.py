@@ -134,7 +134,7 @@ def labels() -> str:
 def hints() -> str:
     """A line for each method, and for each preset what it sets; the page's script shows the chosen ones."""
     lines = [f"<p class='memnoise-part memnoise-{name}'>{method.help}</p>" for name, method in METHODS.items()]
-    for preset in ("auto", "sd1", "sd2_v"):
+    for preset in ("auto", "sd1", "sd2_v", "custom"):
         for method in METHODS:
             if not preset_line(preset, method):
                 continue
@@ -146,6 +146,9 @@ def hints() -> str:
 
 
 def preset_line(preset: str, method: str) -> str:
+    if preset == "custom":
+        own = preset_line("sd1", method)
+        return own and f"SD 1.x has {own}"
     if preset == "auto":
         lines = [
             f"{label}: {preset_line(key, method)}"

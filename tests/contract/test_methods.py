@@ -8,9 +8,9 @@ import pytest
 
 from lib_memnoise.mitigations import METHODS
 from tests.contract.conftest import ROUNDING, Studio, close
-from tests.contract.test_generation import same
+from tests.contract.test_generation import SAMPLERS, same
 
-PROMPT_METHODS = [name for name, method in METHODS.items() if method.changes_prompt]
+PROMPT_METHODS = ["random_tokens", "prompt_embedding", "cross_attention", "padding_fix"]
 QUICK: dict[str, dict[str, Any]] = {
     "per_sample": {"max_steps": 2, "target": 0},
     "prompt_embedding": {"max_steps": 3, "target": 0, "lr": 0.1},
@@ -145,8 +145,33 @@ def test_the_hires_pass_only_if_asked(studio: Studio, method: str) -> None:
     assert close(first.pictures[0], both.pictures[0]) > 0.1
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_method_in_every_sampler(studio: Studio, sampler: str) -> None:
+    payload: dict[str, Any] = {"sampler_name": sampler, "steps": 4, "batch_size": 2}
+    plain = studio.run(**payload)
+    for method in METHODS:
+        run = studio.run(settings_of(method), **payload)
+        for image in range(2):
+            assert run.read("Memnoise", image) == method and run.read("Memnoise failed", image) is None, method
+        changed = any(close(a, b) > 0.1 for a, b in zip(run.pictures, plain.pictures))
+        assert changed or method in ("none", "noise_selection"), method
+    assert same(studio.run(**payload), plain)
+
+
+@pytest.mark.parametrize("method", PROMPT_METHODS)
+def test_a_refiner_takes_over(studio: Studio, method: str) -> None:
+    payload: dict[str, Any] = {
+        "refiner_checkpoint": "sd1-b.safetensors", "refiner_switch_at": 0.5, "steps": 6, "sampler_name": "Euler"
+    }  # fmt: skip
+    run, plain = studio.run(settings_of(method), **payload), studio.run(**payload)
+    assert run.read("Memnoise failed") is None
+    assert close(run.pictures[0], plain.pictures[0]) > 0.1
+    told = "refiner took over" in (run.read("Memnoise note") or "")
+    assert told == (method == "prompt_embedding")
+
+
 def test_other_checkpoints(studio: Studio) -> None:
-    for checkpoint in ("sd2-v", "sdxl"):
+    for checkpoint in ("sd2-v", "sdxl", "sd1-inpainting"):
         studio.host.load(checkpoint)
         for method in METHODS:
             run = studio.run(settings_of(method), steps=4)

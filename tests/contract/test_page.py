@@ -254,6 +254,22 @@ def test_a_plot(page: HostPage) -> None:
     expect(page.error).to_have_count(0)
 
 
+def test_why_a_cell_is_empty_is_on_the_page(page: HostPage) -> None:
+    page.small()
+    page.open()
+    page.choose("preset", PRESETS["custom"])
+    page.choose("method", METHODS["opposite_guidance"].label)
+    page.type("opposite", "3")
+    page.open_more()
+    page.control("fail_instead").locator("input").check()
+    page.plot("CFG Scale", "0,6")
+    page.generate()
+    expect(page.control("failed").first).to_contain_text("opposite guidance needs a CFG scale other than 0")
+    page.plot("CFG Scale", "5,6")
+    page.generate()
+    expect(page.control("failed").first).not_to_contain_text("A cell failed")
+
+
 # The double alone, without a browser
 
 

@@ -200,6 +200,21 @@ def test_a_plot_over_all_methods_has_a_cell_for_each_that_can_be(studio: Studio)
             assert "pads with token 0 already" in single.detail
 
 
+OPPOSITE = {"method": "none", "guidance": "tau", "tau": 0, "opposite": 3, "fail_instead": True}
+
+
+@pytest.mark.parametrize("scales", ["0,6", "6,0", "6,0,5"])
+def test_why_a_cell_is_empty_is_told(studio: Studio, scales: str) -> None:
+    """Opposite guidance cannot be had at a CFG scale of 0."""
+    answer = plot(studio, ("CFG Scale", scales), args=[True, OPPOSITE], scheduler="SGM Uniform", sampler_name="Euler")
+    assert answer.status == 200, answer.detail
+    empty = [cell.std() == 0 for cell in answer.images[-len(scales.split(",")) :]]
+    assert empty == [scale == "0" for scale in scales.split(",")]
+    (reason,) = answer.info["extra_generation_params"]["Memnoise failed cells"]
+    assert "opposite guidance needs a CFG scale other than 0" in reason
+    assert all("failed cells" not in text for text in answer.infotexts[-len(empty) :] if text)
+
+
 def test_many_requests_at_once(studio: Studio) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
