@@ -277,7 +277,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = add(commands, "claims", claims, "measure the paper's claims on the miniature; fails if one does not hold")
     command.add_argument("--short", action="store_true", help="fewer images and points")
-    command.add_argument("--images", type=counts, help="images a prompt at every point (default: 9)")
+    command.add_argument("--images", type=counts, help="images a prompt at every point (default: 18)")
     command.add_argument("--seed", type=seeds, default=1, help="of the first image (default: 1)")
     command.add_argument("--threads", **threads)
     command.add_argument("--json", action="store_true", help="print points and claims as JSON")

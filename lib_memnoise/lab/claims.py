@@ -150,7 +150,7 @@ ORDINARY = 60
 class Plan:
     """How much is generated."""
 
-    images: int = 9
+    images: int = 18
     """Of each memorised prompt, at every point."""
     taus: Sequence[float] = TAUS
     """The points of the τ curve."""
