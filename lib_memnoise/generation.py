@@ -73,6 +73,8 @@ class Generation:
     trace_id: str | None = None
     """By which the traces of its images are found."""
     images: dict[tuple[int, int], ImageReport] = field(default_factory=dict)
+    placed: object = None
+    """The adjusted noise, where the host has it from us and has not taken it yet."""
 
     def __post_init__(self) -> None:
         self.fail_instead = self.fail_instead or self.settings.fail_instead

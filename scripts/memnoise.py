@@ -2,7 +2,7 @@
 
 from modules import script_callbacks, scripts
 
-from lib_memnoise.host import a1111, api, arguments, page, refusals, ui, xyz
+from lib_memnoise.host import api, arguments, course, page, refusals, ui, xyz
 
 
 class Memnoise(scripts.Script):
@@ -27,24 +27,24 @@ class Memnoise(scripts.Script):
             arguments.refuse_before_plot(p, settings)
 
     def before_process(self, p, *args):
-        a1111.begin(p, arguments.requested(p, args))
+        course.begin(p, arguments.requested(p, args))
 
     def process(self, p, *args):
-        a1111.describe(p)
+        course.describe(p)
 
     def process_before_every_sampling(self, p, *args, x, noise, c, uc, **kwargs):
-        a1111.adjust_noise(p, x=x, noise=noise, c=c, uc=uc)
+        course.adjust_noise(p, x=x, noise=noise, c=c, uc=uc)
 
     def postprocess_batch(self, p, *args, batch_number, **kwargs):
-        a1111.comment(p, batch_number)
+        course.comment(p, batch_number)
 
     def postprocess(self, p, processed, *args):
-        a1111.finish(p, processed)
+        course.finish(p, processed)
 
 
 # Each registration costs the host a walk up the whole stack (some 30 ms), so there are no more than needed.
 ui.settings_page()
 if not xyz.register():
     script_callbacks.on_before_ui(xyz.register)
-script_callbacks.on_cfg_denoiser(a1111.on_cfg_denoiser)
+script_callbacks.on_cfg_denoiser(course.on_cfg_denoiser)
 script_callbacks.on_app_started(api.register)

@@ -7,6 +7,7 @@ from pathlib import Path
 from modules import paths, shared
 
 from lib_memnoise.calibration import Key
+from lib_memnoise.host.network import network
 from lib_memnoise.store import CalibrationStore
 
 
@@ -16,8 +17,8 @@ def store() -> CalibrationStore:
 
 
 def parameterization() -> str:
-    """The loaded checkpoint's, "eps" or "v"."""
-    return "v" if shared.sd_model.parameterization == "v" else "eps"
+    """The loaded checkpoint's, "eps", "v" or "flow"."""
+    return network().kind
 
 
 def key(timestep: float, width: int, height: int) -> Key:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lib_memnoise.generation import ImageReport
 from lib_memnoise.guidance import Start
-from lib_memnoise.host.gate import Gate
+from lib_memnoise.host.first_step import is_second
 from lib_memnoise.host.handover import Answers
+from lib_memnoise.host.network import network
 from lib_memnoise.host.predictor import Predictor
 from lib_memnoise.host.refusals import raise_if_interrupted
 
@@ -19,6 +20,7 @@ from lib_memnoise.host.refusals import raise_if_interrupted
 def trace_as_drawn(
     p: Any,
     x: Tensor,
+    noise: Tensor,
     c: Any,
     uc: Any,
     *,
@@ -34,7 +36,8 @@ def trace_as_drawn(
     the checkpoint throughout, without a refiner. Its rows count as the image's.
 
     Args:
-        x: the noise as drawn, `(B, C, H, W)`.
+        x: the clean latent where a picture is sampled on, `(B, C, H, W)`; else the noise.
+        noise: the noise as drawn, `(B, C, H, W)`.
         reports: take the trace (`drawn`) and the rows.
 
     Raises:
@@ -55,7 +58,7 @@ def trace_as_drawn(
     kept = getattr(rng, "nv_rng", None)
     own.rng.next()
     own.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
-    Gate(
+    network().gate(
         own,
         own.sampler.model_wrap_cfg,
         reports=images,
@@ -70,7 +73,11 @@ def trace_as_drawn(
     )
     shared.state.textinfo = "Memnoise: sampling the noise as drawn"
     try:
-        own.sampler.sample(own, x.clone(), c, uc, image_conditioning=predictor.image_cond)
+        with network().left_as_it_was():
+            if is_second(p):
+                own.sampler.sample_img2img(own, x, noise.clone(), c, uc, image_conditioning=predictor.image_cond)
+            else:
+                own.sampler.sample(own, noise.clone(), c, uc, image_conditioning=predictor.image_cond)
     finally:
         rng.nv_rng = kept
     raise_if_interrupted()

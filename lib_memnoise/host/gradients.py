@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from enum import IntEnum
 
 import torch
-from modules import devices, sd_models, shared
+from modules import devices
 from torch import Tensor
 
 from lib_memnoise.checkpointing import checkpointed
+from lib_memnoise.host.network import network
 from lib_memnoise.host.predictor import Predictor
 from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations.outcome import Initial, Outcome, run, run_each
@@ -35,23 +35,6 @@ KEPT = {Lean.PLAIN: 85_000, Lean.CHECKPOINTED: 20_000}
 is too low, running out of memory is what tells."""
 
 
-@contextlib.contextmanager
-def frozen_network() -> Iterator[None]:
-    """Weights frozen (only x needs a gradient) and token merging off (its gradient is wrong)."""
-    model = shared.sd_model
-    weights = [weight for weight in model.model.parameters() if weight.requires_grad]
-    merging = getattr(model, "applied_token_merged_ratio", 0)
-    try:
-        for weight in weights:
-            weight.requires_grad_(False)
-        sd_models.apply_token_merging(model, 0)
-        yield
-    finally:
-        sd_models.apply_token_merging(model, merging)
-        for weight in weights:
-            weight.requires_grad_(True)
-
-
 def free_memory(device: torch.device) -> float:
     """Bytes that can still be had; infinite where there is no telling."""
     if device.type == "cuda":
@@ -67,7 +50,8 @@ def free_memory(device: torch.device) -> float:
 
 def first_attempt(x: Tensor, rows: int, free: float) -> Lean:
     """The fastest way whose estimated memory is there. x: the latents; rows: network rows evaluated at once."""
-    size = 2 if devices.dtype_unet in (torch.float16, torch.bfloat16) else 4
+    # Weights may be kept in fewer bits than what is computed of them.
+    size = max(2, next(network().unet.parameters()).element_size())
     pixels = x.shape[-1] * x.shape[-2]
     return next((lean for lean, kept in KEPT.items() if kept * size * rows * pixels < free), Lean.ONE_BY_ONE)
 
@@ -77,12 +61,17 @@ def run_leanly(x: Tensor, delta: Predictor, settings: Settings, initial: Initial
 
     What an attempt evaluated stays counted. Raises what the leanest attempt raises.
     """
+    with network().gradients():
+        return _run_leanly(x.clone(), delta.cloned(), settings, initial)
+
+
+def _run_leanly(x: Tensor, delta: Predictor, settings: Settings, initial: Initial) -> Outcome:
     lean = first_attempt(x, delta.rows, free_memory(x.device))
     last = Lean.ONE_BY_ONE if x.shape[0] > 1 else Lean.CHECKPOINTED
     lean = min(lean, last)
     while True:
         try:
-            with checkpointed(shared.sd_model.model.diffusion_model) if lean else contextlib.nullcontext():
+            with checkpointed(network().unet) if lean else contextlib.nullcontext():
                 way = run_each if lean is Lean.ONE_BY_ONE else run
                 outcome = way(x, delta, settings, initial)
             if lean:

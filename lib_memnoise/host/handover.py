@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from modules import shared
 from torch import Tensor
 
 from lib_memnoise.attention import PLAIN, Row, scaled
+from lib_memnoise.host.network import network
 from lib_memnoise.host.rows import select_rows
 
 
@@ -47,20 +47,6 @@ def equal(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def network_state() -> tuple[Any, ...]:
-    """What besides its input a network's answer depends on: equal states, equal answers.
-
-    Extensions put functions of their own in these places, and token merging is off during gradients.
-    """
-    model = shared.sd_model
-    return (
-        model.apply_model,
-        model.model.forward,
-        model.model.diffusion_model.forward,
-        getattr(model, "applied_token_merged_ratio", 0),
-    )
-
-
 @dataclass
 class Answers:
     """The rows of each image's smallest Δ: those of the noise that it is left with."""
@@ -80,9 +66,19 @@ class Answers:
 class Handover:
     """Stands in front of the checkpoint's model, for one pass's network wrapper, and knows some answers already."""
 
-    def __init__(self, model: Any, answers: Answers) -> None:
+    def __init__(
+        self,
+        model: Any,
+        answers: Answers,
+        *,
+        compared: Callable[[Any], Any] = lambda cond: cond,
+        selected: Callable[[Any, list[int]], Any] = select_rows,
+    ) -> None:
+        """`compared` is what an answer depends on of a condition, `selected(cond, rows)` the condition of some rows."""
         self._model = model
         self._answers = answers
+        self._compared = compared
+        self._selected = selected
         self.known: list[bool] = []
         """Which rows of the last call were known."""
         self.native: Tensor = torch.empty(0)
@@ -106,7 +102,10 @@ class Handover:
         if rest:
             with self._attending(rest):
                 asked = self._model.apply_model(
-                    x[rest], t[rest], *select_rows(list(args), rest), **select_rows(kwargs, rest)
+                    x[rest],
+                    t[rest],
+                    *[self._selected(value, rest) for value in args],
+                    **{name: self._selected(value, rest) for name, value in kwargs.items()},
                 )
             for row, output in zip(rest, asked):
                 outputs[row] = output
@@ -114,14 +113,14 @@ class Handover:
         return self.native
 
     def _known(self, x: Tensor, t: Tensor, cond: Any) -> list[Tensor | None]:
-        if not self._answers.of_image or self._answers.state != network_state():
+        if not self._answers.of_image or self._answers.state != network().state():
             return [None] * len(x)
-        heard = self.heard or [PLAIN] * len(x)
-        return [self._answers.find(x[row], t[row], select_rows(cond, [row]), heard[row]) for row in range(len(x))]
+        heard, compared = self.heard or [PLAIN] * len(x), self._compared(cond)
+        return [self._answers.find(x[row], t[row], select_rows(compared, [row]), heard[row]) for row in range(len(x))]
 
     def _attending(self, rows: list[int]) -> AbstractContextManager[None]:
         """Around an evaluation of these rows of the call."""
         heard = [self.heard[row] for row in rows] if self.heard else []
         if all(row == PLAIN for row in heard):
             return contextlib.nullcontext()
-        return scaled(shared.sd_model.model.diffusion_model, heard)
+        return scaled(network().unet, heard)

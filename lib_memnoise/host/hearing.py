@@ -12,6 +12,7 @@ from modules import devices, prompt_parser, shared
 from lib_memnoise.attention import PLAIN, Row, cross_attentions
 from lib_memnoise.generation import ImageReport
 from lib_memnoise.host import words
+from lib_memnoise.host.network import network
 from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.host.rows import Cond, select_rows
 from lib_memnoise.mitigations.outcome import Prompt
@@ -32,9 +33,7 @@ class Hearing:
         self.first_owners = [len(parts) for parts in c.batch]
         self.first = words.vectors(prompt_parser.reconstruct_multicond_batch(c, 0)[1])
         self.checkpoint = self._checkpoint()
-        if any(prompt.attention for prompt in self.prompts.values()) and not cross_attentions(
-            shared.sd_model.model.diffusion_model
-        ):
+        if any(prompt.attention for prompt in self.prompts.values()) and not cross_attentions(network().unet):
             raise Unsupported("no cross-attention was found in the network")
         if any(prompt.pad_zero for prompt in self.prompts.values()) and not padded_with_end():
             raise Unsupported("the text encoder pads with token 0 already, and there is no padding to fix")

@@ -21,8 +21,9 @@ from lib_memnoise.calibration import Calibration
 from lib_memnoise.checkpointing import checkpointed
 from lib_memnoise.generation import ImageReport
 from lib_memnoise.host import calibrations, words
-from lib_memnoise.host.a1111 import EmptyPrompt, checkpoint_preset, left_as_it_was, raise_if_unsupported
-from lib_memnoise.host.gradients import Lean, first_attempt, free_memory, frozen_network
+from lib_memnoise.host.course import EmptyPrompt, checkpoint_preset, left_as_it_was, raise_if_unsupported
+from lib_memnoise.host.gradients import Lean, first_attempt, free_memory
+from lib_memnoise.host.network import network
 from lib_memnoise.host.predictor import Predictor, make_predictor
 from lib_memnoise.host.refusals import Interrupted, Unsupported
 from lib_memnoise.prediction import magnitude
@@ -181,11 +182,9 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
         """‖∂‖Δ‖/∂e_i‖ of every token i, merged to words (Wen et al. 2024)."""
         cond, owners = predictor.cond, [i for i, part in enumerate(predictor.parts) for _ in part]
         vectors = words.vectors(cond).detach().clone().requires_grad_()
-        with frozen_network(), torch.enable_grad():
+        with network().gradients(), torch.enable_grad():
             lean = first_attempt(x, predictor.rows, free_memory(x.device))
-            block = (
-                checkpointed(shared.sd_model.model.diffusion_model) if lean > Lean.PLAIN else contextlib.nullcontext()
-            )
+            block = checkpointed(network().unet) if lean > Lean.PLAIN else contextlib.nullcontext()
             with block:
                 delta = replace(predictor, cond=words.with_vectors(cond, vectors))(x)
                 (gradient,) = torch.autograd.grad(magnitude(delta).sum(), vectors)

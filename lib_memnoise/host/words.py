@@ -58,6 +58,9 @@ def text_encoder() -> Any:
 
 def text_encoders() -> list[Any]:
     model = shared.sd_model
+    engines = [f"text_processing_engine{suffix}" for suffix in ("", "_l", "_g")]
+    if any(hasattr(model, name) for name in engines):
+        return [getattr(model, name) for name in engines if hasattr(model, name)]
     conditioner = getattr(model, "conditioner", None)
     return [model.cond_stage_model] if conditioner is None else list(conditioner.embedders)
 
@@ -103,9 +106,13 @@ SYNTAX = "()[]{}<>:|\\"
 """Characters that mean something in a WebUI's prompt."""
 
 
+def tokenizer_of(embedder: Any) -> Any:
+    return getattr(getattr(embedder, "wrapped", embedder), "tokenizer", None)
+
+
 def decoded(embedder: Any, token: int) -> str:
     """A token as it is written."""
-    tokenizer: Any = getattr(embedder.wrapped, "tokenizer", None)
+    tokenizer = tokenizer_of(embedder)
     if hasattr(tokenizer, "decode"):
         return str(tokenizer.decode([token]))
     import open_clip.tokenizer
@@ -134,7 +141,7 @@ def token_texts(text: str) -> list[str]:
 
 
 def token_text(embedder: Any, token: int) -> str:
-    tokenizer: Any = getattr(embedder.wrapped, "tokenizer", None)
+    tokenizer = tokenizer_of(embedder)
     if hasattr(tokenizer, "convert_ids_to_tokens"):
         raw = str(tokenizer.convert_ids_to_tokens(token))
     elif hasattr(tokenizer, "decode"):

@@ -44,6 +44,8 @@ FLAGS = (
     "127.0.0.1",
 )
 
+FORK_FLAGS = ("--always-cpu",)
+
 SETTINGS: dict[str, Any] = {
     "samples_save": False,
     "grid_save": False,
@@ -100,12 +102,15 @@ class WebUI:
         if found is None:
             raise HostError("set SD_WEBUI_DIR to a WebUI's folder")
         self.root, self.python = found
-        self.name = f"webui {self._version()}"
+        self.is_fork = (self.root / "modules_forge").is_dir()
+        """It is Forge or reForge."""
+        self.name = f"webui {self._version()}{' fork' if self.is_fork else ''}"
         self.checkpoints = Path(checkpoints).absolute()
         self.checkpoint = checkpoint
         self.repository = repository
         self.extensions = [Path(e).absolute() for e in extensions]
-        self.args = [*(f for f in FLAGS if f not in drop_args), *extra_args]
+        flags = (*FLAGS, *FORK_FLAGS) if self.is_fork else FLAGS
+        self.args = [*(f for f in flags if f not in drop_args), *extra_args]
         self.settings = {**SETTINGS, "sd_model_checkpoint": f"{checkpoint}.safetensors", **(settings or {})}
         self.env = dict(env or {})
         self.timeout = timeout
@@ -307,7 +312,8 @@ class WebUI:
         text = self.log_text()
         if "Stable diffusion model failed to load" in text:
             raise HostError(f"{self.checkpoint} failed to load\n{self.log_tail(80)}")
-        return "Model loaded in" in text
+        # Forge loads it when it first generates, reForge at the start, which it then says.
+        return self.is_fork or "Model loaded in" in text
 
 
 def _die_with_parent() -> None:

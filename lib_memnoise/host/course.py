@@ -1,0 +1,424 @@
+"""The generation's course through the host's hooks: settings in, adjusted noise, what happened out.
+
+State belongs to the processing object: the `Generation` is `p.memnoise`, the `Gate` sits on the pass's own
+denoiser. Other extensions generate inside a generation (a detailer's img2img), with the same scripts, arguments and
+infotext, and hand copies of `p` to hooks out of turn: those are left alone. What the host swallows (exceptions in
+script hooks) is turned into a failing request or into metadata.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import uuid
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from modules import devices, errors, shared
+from torch import Tensor
+
+from lib_memnoise.generation import REPORT_KEYS, Generation, ImageReport, report_infotext
+from lib_memnoise.guidance import ALWAYS, Start, make_start
+from lib_memnoise.host import calibrations, traces, words
+from lib_memnoise.host.arguments import Refusal
+from lib_memnoise.host.calibrations import parameterization
+from lib_memnoise.host.drawn import trace_as_drawn
+from lib_memnoise.host.gate import GATE, Gate, remove
+from lib_memnoise.host.gradients import run_leanly
+from lib_memnoise.host.hearing import Hearing
+from lib_memnoise.host.network import network
+from lib_memnoise.host.predictor import Predictor, empty_prompt, make_predictor
+from lib_memnoise.host.refusals import Interrupted, Unsupported, fails, keep_failed_cells
+from lib_memnoise.host.rows import Cond
+from lib_memnoise.memory import is_out_of_memory
+from lib_memnoise.mitigations import METHODS
+from lib_memnoise.mitigations.outcome import Initial, Outcome, Scored, choose, run, run_some
+from lib_memnoise.settings import INFOTEXT, Settings, preset_for, size_factor, to_infotext
+
+
+def begin(p: Any, settings: Settings | Refusal) -> None:
+    """`before_process`: start from a clean slate, and refuse bad settings before anything is sampled."""
+    if is_inside_another():
+        return
+    for key in [key for key in p.extra_generation_params if key.split(" ")[0] == INFOTEXT]:
+        del p.extra_generation_params[key]  # X/Y/Z cells share this dict
+    p.memnoise = None
+    if isinstance(settings, Refusal):
+        refuse(p, settings)
+    elif settings.enabled:
+        p.memnoise, p.memnoise_owner = Generation(settings), weakref.ref(p)
+
+
+def is_inside_another() -> bool:
+    """Whether the host is in the middle of a generation, which can only be another one."""
+    frame = sys._getframe()
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_code.co_name == "process_images_inner" and frame.f_globals["__name__"] == "modules.processing":
+            return True
+    return False
+
+
+def generation_of(p: Any) -> Generation | None:
+    """What `begin` began for this very object; a copy's `memnoise` is the original's."""
+    generation: Generation | None = getattr(p, "memnoise", None)
+    return generation if generation is not None and p.memnoise_owner() is p else None
+
+
+def refuse(p: Any, refusal: Exception) -> None:
+    """Make the request fail with this sentence: the host would swallow it if it were raised from here."""
+
+    def init(*args: Any, **kwargs: Any) -> None:
+        fails(p, refusal)
+        raise refusal
+
+    p.init = init
+
+
+def describe(p: Any) -> None:
+    """`process`: the checkpoint is loaded by now, so settings that follow it can be resolved and written down."""
+    generation = generation_of(p)
+    if generation is None:
+        return
+    if getattr(shared.opts, "memnoise_fail_instead", False):
+        generation.fail_instead = True
+    generation.preset = checkpoint_preset()
+    p.extra_generation_params.update(to_infotext(generation.settings.pinned(generation.preset)))
+    if generation.settings.trace != "off":
+        generation.trace_id = uuid.uuid4().hex
+        p.extra_generation_params[f"{INFOTEXT} trace id"] = generation.trace_id
+    for key in REPORT_KEYS:
+        key = f"{INFOTEXT} {key}"
+        p.extra_generation_params[key] = _infotext_value(generation, key)
+
+
+def _infotext_value(generation: Generation, key: str) -> Any:
+    def value(p: Any, index: int, use_main_prompt: bool = False, **_: Any) -> Any:
+        # `index` counts within the batch; a grid stands for the first image of all.
+        place = (0, 0) if use_main_prompt else (p.iteration, index)
+        report = generation.images.get(place)
+        return None if report is None else report_infotext(report)[key]
+
+    return value
+
+
+def checkpoint_preset() -> str:
+    model = shared.sd_model
+    family = "sd1" if getattr(model, "is_sd1", False) else "sd2" if getattr(model, "is_sd2", False) else "other"
+    return preset_for(parameterization=parameterization(), family=family)
+
+
+def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
+    """`process_before_every_sampling`: adjust the noise in place and hold guidance back for this pass."""
+    generation = generation_of(p)
+    if generation is None or is_asked_twice(p, generation):
+        return
+    remove(p.sampler.model_wrap_cfg)
+    second_pass = getattr(p, "is_hr_pass", False)
+    if second_pass and not generation.settings.hires:
+        return
+    reports = [generation.image(p.iteration, place) for place in range(noise.shape[0])]
+    empty = EmptyPrompt(p)
+    try:
+        raise_if_unsupported(generation.settings)
+        settings = generation.settings
+        with left_as_it_was(p):
+            shared.state.textinfo = "Memnoise: adjusting the noise"
+            predictor = make_predictor(
+                p,
+                x,
+                c,
+                uc,
+                reference=settings.reference,
+                reports=reports,
+                empty=empty,
+                as_host=is_measured_first(settings),
+            )
+            settings = resolved(generation, noise, predictor.step.t, reports)
+            outcome = adjusted(noise, predictor, settings, reports, initial_of(p, predictor))
+            hearing = Hearing(p, c, outcome.prompts, reports) if outcome.prompts else None
+            if settings.trace == "compare" and not second_pass and not torch.equal(outcome.x, noise):
+                compare(p, x, noise, c, uc, predictor, settings, empty, reports)
+    except Interrupted:
+        for report in reports:
+            report.note("interrupted before the noise was adjusted")
+    except Exception as error:
+        fail(p, generation, reports, error)
+    else:
+        place(p, generation, noise, outcome.x)
+        t = predictor.step.t
+        fill_reports(reports, outcome)
+        starts = starts_of(reports, settings)
+        for report, start in zip(reports, starts):
+            if not report.left_alone:
+                report.used = {**outcome.used, "T": t}
+            if start.tau < ALWAYS and not start.is_off(t):
+                report.note(f"guidance is never off: the first timestep {t:g} is not above tau {start.tau:g}")
+            if not p.cfg_scale > 1 and not report.left_alone:
+                report.note(f"the CFG scale {p.cfg_scale:g} is no guidance, so there is none to hold back")
+        network().gate(
+            p,
+            p.sampler.model_wrap_cfg,
+            reports=reports,
+            starts=starts,
+            tracing=settings.trace != "off",
+            exact=settings.exact_batches and any(report.left_alone for report in reports),
+            reference=settings.reference,
+            empty=empty,
+            hearing=hearing,
+            expected_t=t,
+            answers=predictor.answers,
+            fail_instead=generation.fail_instead,
+        )
+        if generation.fail_instead and outcome.failed:
+            fail_sampling(p, RuntimeError(next(iter(outcome.failed.values()))))
+
+
+def starts_of(reports: list[ImageReport], settings: Settings) -> list[Start]:
+    """When guidance starts, for every image of a batch; each pass needs its own."""
+    return [Start() if report.left_alone else make_start(settings) for report in reports]
+
+
+def is_asked_twice(p: Any, generation: Generation) -> bool:
+    """Whether this is a call beside the one that counts: Forge calls the hook of a hires pass twice.
+
+    First with the first pass's network, which carries its gate, and then with the one that will be sampled with.
+    """
+    if generation.placed is not None and getattr(p, "modified_noise", None) is generation.placed:
+        return True
+    return getattr(p, "is_hr_pass", False) and network().is_used()
+
+
+def place(p: Any, generation: Generation, noise: Tensor, adjusted: Tensor) -> None:
+    """Have the adjusted noise sampled: hosts that have a place for it take it from there, others where it was."""
+    if hasattr(p, "modified_noise"):
+        p.modified_noise = adjusted.to(noise)
+        generation.placed = p.modified_noise
+    else:
+        noise.copy_(adjusted)
+
+
+def compare(
+    p: Any,
+    x: Tensor,
+    noise: Tensor,
+    c: Any,
+    uc: Any,
+    predictor: Predictor,
+    settings: Settings,
+    empty: EmptyPrompt,
+    reports: list[ImageReport],
+) -> None:
+    """Trace the noise as drawn. If that fails the pictures come all the same, and say so."""
+    try:
+        trace_as_drawn(
+            p, x, noise, c, uc, predictor=predictor, starts=starts_of(reports, settings), reference=settings.reference,
+            empty=empty, reports=reports,
+        )  # fmt: skip
+    except Interrupted:
+        raise
+    except Exception as error:
+        errors.report("memnoise: the noise as drawn could not be traced", exc_info=True)
+        for report in reports:
+            report.note(f"the noise as drawn could not be traced: {error}")
+
+
+def resolved(generation: Generation, noise: Tensor, t: float, reports: list[ImageReport]) -> Settings:
+    """The settings with their preset's numbers, and those of the checkpoint's calibration."""
+    settings, kind = generation.settings, parameterization()
+    by_score = settings.when == "flagged" and settings.threshold is None
+    if not by_score and not settings.follows_calibration(generation.preset):
+        return settings.resolved(generation.preset)
+    height, width = (8 * side for side in noise.shape[-2:])
+    known, problem = calibrations.store().load(calibrations.key(t, width, height))
+    if known is None and settings.preset == "calibrated":
+        raise Unsupported(
+            f"the preset calibrated needs a calibration of this checkpoint at {width}x{height} and timestep {t:g}"
+        )
+    if by_score:
+        for report in reports:
+            if problem:
+                report.note(problem)
+            if known is None:
+                report.note("the threshold is the preset's: the checkpoint is not calibrated at this size and timestep")
+    factor = size_factor(noise[0].numel(), kind)
+    numbers = None if known is None else known.settings(factor, settings.false_positives)
+    return settings.resolved(generation.preset, numbers)
+
+
+def is_measured_first(settings: Settings) -> bool:
+    """Whether Δ(x_T, T) is evaluated for itself, before anything is adjusted."""
+    return settings.when == "flagged" or settings.method == "none"
+
+
+def initial_of(p: Any, predictor: Predictor) -> Initial:
+    """What a method may know of the batch besides its noise."""
+    return Initial(
+        parameterization(),
+        alpha_bar=network().alpha_bar(predictor.step.t),
+        seeds=list(p.seeds),
+        texts=list(p.hr_prompts if getattr(p, "is_hr_pass", False) else p.prompts),
+        vocabulary=words.Vocabulary,
+    )
+
+
+def adjusted(
+    noise: Tensor, predictor: Predictor, settings: Settings, reports: list[ImageReport], initial: Initial
+) -> Outcome:
+    """Score the images if that is asked for, and adjust those that are to be mitigated."""
+
+    def way(x: Tensor, delta: Any, initial: Initial) -> Outcome:
+        if not METHODS[settings.method].needs_gradient:
+            return run(x, delta, settings, initial)
+        # With a gradient, what is known of the score is of no use.
+        asked = delta.inner if isinstance(delta, Scored) else delta
+        assert isinstance(asked, Predictor)
+        return run_leanly(x, asked, settings, initial)
+
+    if not is_measured_first(settings):
+        return way(noise, predictor, initial)
+    choice = choose(noise, predictor, settings, initial)
+    for i, report in enumerate(reports):
+        report.threshold, report.left_alone = choice.threshold, i not in choice.images
+    return run_some(choice.images, noise, Scored(predictor, choice.known), initial, way)
+
+
+def fill_reports(reports: list[ImageReport], outcome: Outcome) -> None:
+    for name in ("before", "after", "steps", "norm"):
+        values = getattr(outcome, name)
+        if values is not None:
+            for report, value in zip(reports, values.tolist()):
+                if not report.left_alone:
+                    setattr(report, name, value)
+    for image, notes in outcome.notes.items():
+        for note in notes:
+            reports[image].note(note)
+    for image, reason in outcome.failed.items():
+        reports[image].failed = reason
+    for image, prompt in outcome.prompts.items():
+        reports[image].prompt = prompt.text
+
+
+def fail(p: Any, generation: Generation, reports: list[ImageReport], error: Exception) -> None:
+    """The image comes without mitigation and says why, or the request fails if that was asked for."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if is_out_of_memory(error):
+        reason = "out of memory while adjusting the noise"
+    if not isinstance(error, Unsupported):
+        errors.report("memnoise: the noise could not be adjusted", exc_info=True)
+    for report in reports:
+        if not report.left_alone:
+            report.failed = reason
+    devices.torch_gc()
+    if generation.fail_instead:
+        fail_sampling(p, RuntimeError(f"memnoise: {reason}"))
+
+
+def fail_sampling(p: Any, error: Exception) -> None:
+    """Fail the request when the host starts to sample; it would swallow the exception if it were raised here."""
+
+    def sample(*args: Any, **kwargs: Any) -> None:
+        fails(p, error)
+        raise error
+
+    p.sampler.sample = p.sampler.sample_img2img = sample
+
+
+def raise_if_unsupported(settings: Settings) -> None:
+    if network().kind == "flow":
+        raise Unsupported("flow models such as SD3 have no noise prediction that memnoise could adjust")
+    if METHODS[settings.method].needs_gradient and getattr(shared.cmd_opts, "lowvram", False):
+        raise Unsupported(
+            f"{METHODS[settings.method].label} needs gradients, which --lowvram does not allow; use --medvram "
+            "or batch-wise"
+        )
+
+
+class EmptyPrompt:
+    """The empty prompt's condition, encoded at most once for each checkpoint a pass uses."""
+
+    def __init__(self, p: Any) -> None:
+        self.p = p
+        self._checkpoint: Any = None
+        self._cond: Cond = None
+
+    def __call__(self) -> Cond:
+        # A refiner of the same architecture is loaded into the same model object.
+        checkpoint = (shared.sd_model, shared.sd_model.sd_checkpoint_info)
+        if self._checkpoint != checkpoint:
+            self._cond, self._checkpoint = empty_prompt(self.p), checkpoint
+        return self._cond
+
+
+@contextlib.contextmanager
+def left_as_it_was(p: Any) -> Iterator[None]:
+    """Random state and infotext that evaluating the network touches are for the host to change, not for us.
+
+    An inpainting checkpoint draws from the global generator when its blank image is encoded, and asking a
+    sampler for its schedule writes infotext keys.
+    """
+    params = dict(p.extra_generation_params)
+    device = devices.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            p.extra_generation_params.clear()
+            p.extra_generation_params.update(params)
+            shared.state.textinfo = None
+
+
+def on_cfg_denoiser(params: Any) -> None:
+    """Registered once; looks only at the denoiser it is called for."""
+    gate: Gate | None = getattr(getattr(params, "denoiser", None), GATE, None)
+    if gate is not None:
+        gate.begin_step(params)
+
+
+def comment(p: Any, batch_number: int) -> None:
+    """`postprocess_batch`: tell the page what happened."""
+    generation = generation_of(p)
+    if generation is None:
+        return
+    if generation.trace_id is not None:
+        traces.STORE.put(generation.trace_id, traces.document(generation))
+    for place, report in enumerate(generation.batch(batch_number)):
+        image = batch_number * p.batch_size + place + 1
+        for text in ([f"not mitigated: {report.failed}"] if report.failed else []) + report.notes:
+            p.comment(f"Memnoise, image {image}: {text}.")
+        if getattr(shared.opts, "memnoise_page_note", True) and not report.failed:
+            p.comment(f"Memnoise, image {image}: {summary(generation.settings, report)}.")
+
+
+def summary(settings: Settings, report: ImageReport) -> str:
+    parts = ["left alone" if report.left_alone else METHODS[settings.method].label.lower()]
+    if report.before is not None:
+        after = "" if report.after is None else f" → {report.after:.4g}"
+        parts.append(f"magnitude {report.before:.4g}{after}")
+    if report.steps is not None:
+        parts.append(f"{report.steps} steps")
+    parts.append(f"{report.forward_rows} network rows")
+    if report.backward_rows:
+        parts.append(f"{report.backward_rows} backward")
+    return ", ".join(parts)
+
+
+def finish(p: Any, processed: Any) -> None:
+    """`postprocess`: the API's info takes lists of plain values where infotext had functions."""
+    keep_failed_cells(p)
+    generation = generation_of(p)
+    if generation is None:
+        return
+    places = [divmod(index, p.batch_size) for index in range(len(p.all_seeds or []))]
+    reports = [report_infotext(generation.images.get(place, ImageReport())) for place in places]
+    for key in REPORT_KEYS:
+        key = f"{INFOTEXT} {key}"
+        values = [report[key] for report in reports]
+        p.extra_generation_params[key] = values if any(value is not None for value in values) else None
+    if generation.trace_id is not None and getattr(shared.opts, "memnoise_save_traces", False):
+        try:
+            traces.save(generation, processed.images[processed.index_of_first_image :], p.batch_size)
+        except OSError as error:
+            errors.report("memnoise: traces could not be saved", exc_info=True)
+            processed.comments += f"Memnoise: traces could not be saved: {error}.\n"
