@@ -37,4 +37,11 @@ def checkpointed(unet: nn.Module) -> Iterator[None]:
 
 
 def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    # Some networks tell their blocks in a dict where in the network they are, and go on to write into it.
+    kept = [dict(value) if type(value) is dict else value for value in args]
+    given = [args]
+
+    def block() -> Any:
+        return forward(*(given.pop() if given else kept), **kwargs)
+
+    return checkpoint(block, use_reentrant=False, preserve_rng_state=False)

@@ -26,6 +26,7 @@ from lib_memnoise.host.network import Composition, Conditions, Evaluated
 from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.host.rows import Cond
 from lib_memnoise.normal_tensors import normal_tensors
+from lib_memnoise.out_of_place import out_of_place
 from lib_memnoise.prediction import per_image
 
 WRAPPER = "model_function_wrapper"
@@ -354,8 +355,12 @@ class Patched:
 
     @contextlib.contextmanager
     def gradients(self) -> Iterator[None]:
-        """Out of inference mode, with weights that are no inference tensors; token merging is left out meanwhile."""
-        with torch.inference_mode(False), normal_tensors(patcher().model):
+        """Out of inference mode, with weights that are no inference tensors and nothing overwritten.
+
+        Token merging is left out meanwhile (`options_of`).
+        """
+        model = patcher().model
+        with torch.inference_mode(False), normal_tensors(model), out_of_place(model.diffusion_model):
             try:
                 yield
             except RuntimeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,12 +26,14 @@ def pytest_report_header() -> str:
 
 def open_host(kind: str, tmp_path_factory: pytest.TempPathFactory, **kwargs: Any) -> Any:
     if kind == "webui":
-        from tests.hosts.checkpoints import make_checkpoints
+        from tests.hosts import checkpoints, fork_checkpoints
 
         root, python = webui.locate()  # type: ignore[misc]
-        folder = tmp_path_factory.getbasetemp() / "checkpoints"
+        kept = os.environ.get("SD_WEBUI_CHECKPOINTS")
+        folder = Path(kept) if kept else tmp_path_factory.getbasetemp() / "checkpoints"
         folder.mkdir(exist_ok=True)
-        make_checkpoints(folder, root, python)
+        maker = fork_checkpoints if webui.is_fork(root) else checkpoints
+        maker.make_checkpoints(folder, root, python)  # type: ignore[attr-defined]
         return webui.WebUI(folder, "sd1", **kwargs)
     from tests.hosts.double.host import Double
 

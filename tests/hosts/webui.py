@@ -44,6 +44,7 @@ FLAGS = (
     "127.0.0.1",
 )
 
+# Forge and reForge need it where there is no GPU.
 FORK_FLAGS = ("--always-cpu",)
 
 SETTINGS: dict[str, Any] = {
@@ -76,6 +77,11 @@ def locate() -> tuple[Path, Path] | None:
     raise HostError(f"SD_WEBUI_DIR is {root}, but no Python was found for it; set SD_WEBUI_PYTHON")
 
 
+def is_fork(root: Path) -> bool:
+    """Whether a WebUI's folder is Forge's or reForge's."""
+    return (root / "modules_forge").is_dir()
+
+
 class WebUI:
     """Context manager: a WebUI with a data folder of its own, the project as its extension ``memnoise``.
 
@@ -102,8 +108,7 @@ class WebUI:
         if found is None:
             raise HostError("set SD_WEBUI_DIR to a WebUI's folder")
         self.root, self.python = found
-        self.is_fork = (self.root / "modules_forge").is_dir()
-        """It is Forge or reForge."""
+        self.is_fork = is_fork(self.root)
         self.name = f"webui {self._version()}{' fork' if self.is_fork else ''}"
         self.checkpoints = Path(checkpoints).absolute()
         self.checkpoint = checkpoint
