@@ -89,6 +89,8 @@ class Studio:
     def __init__(self, host: Any) -> None:
         self.host = host
         self.is_real = host.name != "double"
+        self.is_fork = getattr(host, "is_fork", False)
+        """Forge or reForge."""
 
     @contextlib.contextmanager
     def options(self, changed: dict[str, Any]) -> Iterator[None]:
