@@ -1,6 +1,6 @@
 // Shows the controls that the chosen method, preset, "when" and start of guidance use; no round trip to the server.
-function memnoiseShow(methodLabel, presetLabel, whenLabel, guidanceLabel) {
-    const root = gradioApp().querySelector("#script_memnoise_enabled");
+function memnoiseShow(tab, methodLabel, presetLabel, whenLabel, guidanceLabel) {
+    const root = gradioApp().querySelector(`#script_${tab}_memnoise_enabled`);
     if (!root) return [];
     const names = JSON.parse(root.querySelector(".memnoise-labels").dataset.labels);
     const method = names.method[methodLabel];
@@ -25,7 +25,7 @@ function memnoiseShow(methodLabel, presetLabel, whenLabel, guidanceLabel) {
 function memnoiseTask(...values) {
     const id = randomId();
     showSubmitButtons("txt2img", false);
-    requestProgress(id, gradioApp().querySelector("#script_memnoise_verdict"), null, () => {
+    requestProgress(id, gradioApp().querySelector("#script_txt2img_memnoise_verdict"), null, () => {
         showSubmitButtons("txt2img", true);
     });
     return [id, ...values.slice(1)];
@@ -33,6 +33,8 @@ function memnoiseTask(...values) {
 
 onUiLoaded(() => {
     // The first values may come from ui-config.json, so they are read off the page.
-    const value = (name) => gradioApp().querySelector(`#script_memnoise_${name} input`)?.value;
-    memnoiseShow(...["method", "preset", "when", "guidance"].map(value));
+    for (const tab of ["txt2img", "img2img"]) {
+        const value = (name) => gradioApp().querySelector(`#script_${tab}_memnoise_${name} input`)?.value;
+        memnoiseShow(tab, ...["method", "preset", "when", "guidance"].map(value));
+    }
 });

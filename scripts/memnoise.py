@@ -10,10 +10,8 @@ class Memnoise(scripts.Script):
         return xyz.TITLE
 
     def show(self, is_img2img):
-        if is_img2img:
-            return False
-        if not self.is_img2img and not hasattr(self, "page"):  # the host asks more than once
-            self.page = page.Page(self)
+        if not hasattr(self, "page"):  # the host asks more than once, and of both tabs
+            self.page = page.Page(self, "img2img" if self.is_img2img else "txt2img")
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
@@ -27,7 +25,7 @@ class Memnoise(scripts.Script):
             arguments.refuse_before_plot(p, settings)
 
     def before_process(self, p, *args):
-        course.begin(p, arguments.requested(p, args))
+        course.begin(p, arguments.requested(p, args), is_img2img=self.is_img2img)
 
     def process(self, p, *args):
         course.describe(p)

@@ -200,14 +200,14 @@ class HostPage:
 
     @property
     def accordion(self) -> Any:
-        return self.page.locator("#script_memnoise_enabled")
+        return self.page.locator("#script_txt2img_memnoise_enabled")
 
     @property
     def box(self) -> Any:
-        return self.page.locator("#script_memnoise_enabled-visible-checkbox")
+        return self.page.locator("#script_txt2img_memnoise_enabled-visible-checkbox")
 
     def control(self, name: str) -> Any:
-        return self.page.locator(f"#script_memnoise_{name}")
+        return self.page.locator(f"#script_txt2img_memnoise_{name}")
 
     def field(self, name: str) -> Any:
         """Where a control's value is: of a slider its number."""

@@ -38,9 +38,13 @@ from lib_memnoise.mitigations.outcome import Initial, Outcome, Scored, choose, r
 from lib_memnoise.settings import INFOTEXT, Settings, preset_for, size_factor, to_infotext
 
 
-def begin(p: Any, settings: Settings | Refusal) -> None:
-    """`before_process`: start from a clean slate, and refuse bad settings before anything is sampled."""
-    if is_inside_another():
+def begin(p: Any, settings: Settings | Refusal, *, is_img2img: bool) -> None:
+    """`before_process`: start from a clean slate, and refuse bad settings before anything is sampled.
+
+    Runs of the other tab's kind that are given this tab's arguments (a script that goes on from the result) are left
+    alone: memnoise is enabled in each tab by itself.
+    """
+    if is_inside_another() or is_img2img != hasattr(p, "init_images"):
         return
     for key in [key for key in p.extra_generation_params if key.split(" ")[0] == INFOTEXT]:
         del p.extra_generation_params[key]  # X/Y/Z cells share this dict

@@ -29,18 +29,20 @@ INPUTS = {
     "cfg_scale": "txt2img_cfg_scale",
 }  # fmt: skip
 """What a score depends on, and the elements that hold it; a host may lack some."""
-LAST = "generation_info_txt2img"
+LAST = "generation_info_{tab}"
 """Made after all others. Changes with every generation; its text is what the API calls info."""
 
 
 class Page:
-    """One page's buttons and plot. Holds components, nothing of any generation."""
+    """One tab's plot, and in txt2img its buttons. Holds components, nothing of any generation."""
 
-    def __init__(self, script: Any) -> None:
+    def __init__(self, script: Any, tab: str) -> None:
+        self.tab = tab
+        self.has_buttons = tab == "txt2img"
         self.inputs: dict[str, Any] = {}
-        for name, elem_id in INPUTS.items():
+        for name, elem_id in INPUTS.items() if self.has_buttons else ():
             script.on_after_component(self._collector(name), elem_id=elem_id)
-        script.on_after_component(self.connect, elem_id=LAST)
+        script.on_after_component(self.connect, elem_id=LAST.format(tab=tab))
 
     def _collector(self, name: str) -> Callable[[Any], None]:
         def collect(made: Any) -> None:
@@ -50,6 +52,12 @@ class Page:
 
     def build(self, elem_id: Callable[[str], str]) -> None:
         """The components, at the end of the accordion."""
+        if self.has_buttons:
+            self._build_buttons(elem_id)
+        self.plot = gr.Plot(label="Magnitude along the trajectory", visible=False, elem_id=elem_id("plot"))
+        self.failed = gr.HTML("", elem_id=elem_id("failed"))
+
+    def _build_buttons(self, elem_id: Callable[[str], str]) -> None:
         with gr.Row():
             self.check = gr.Button("Check prompt", elem_id=elem_id("check"))
             self.calibrate = gr.Button("Calibrate checkpoint", elem_id=elem_id("calibrate"))
@@ -72,12 +80,17 @@ class Page:
         self.words = gr.HighlightedText(
             label="Words that guidance follows most", visible=False, show_legend=False, elem_id=elem_id("words")
         )
-        self.plot = gr.Plot(label="Magnitude along the trajectory", visible=False, elem_id=elem_id("plot"))
-        self.failed = gr.HTML("", elem_id=elem_id("failed"))
         self.task = gr.Textbox(visible=False)
         self.task.do_not_save_to_config = True
 
     def connect(self, made: Any) -> None:
+        if self.has_buttons:
+            self._connect_buttons()
+        made.component.change(
+            fn=told, inputs=[made.component], outputs=[self.plot, self.failed], show_progress=False, queue=False
+        )
+
+    def _connect_buttons(self) -> None:
         names, found = tuple(self.inputs), list(self.inputs.values())
         for button, run in ((self.check, checked), (self.calibrate, calibrated)):
             function = call_queue.wrap_gradio_gpu_call(answering(run, names), extra_outputs=[gr.update()])
@@ -95,9 +108,6 @@ class Page:
             outputs=[self.grid, self.verdict],
             show_progress=False,
             **{JS: "memnoiseTask"},
-        )
-        made.component.change(
-            fn=told, inputs=[made.component], outputs=[self.plot, self.failed], show_progress=False, queue=False
         )
 
 

@@ -57,6 +57,8 @@ def build(elem_id: Callable[[str], str], page: Page) -> tuple[list[Any], list[tu
 
     def add(name: str) -> None:
         controls[name] = control(name, elem_id(name))
+        if name == "hires" and page.tab == "img2img":
+            controls[name].visible = False
         if classes(name):
             controls[name].elem_classes = classes(name)
 
@@ -95,7 +97,9 @@ def build(elem_id: Callable[[str], str], page: Page) -> tuple[list[Any], list[tu
 
     chosen = [controls[name] for name in CHOOSING]
     for component in chosen:
-        component.change(fn=None, inputs=chosen, outputs=[], **{JS: "memnoiseShow"})
+        component.change(
+            fn=None, inputs=chosen, outputs=[], **{JS: f"(...values) => memnoiseShow('{page.tab}', ...values)"}
+        )
 
     slots = {"enabled": enabled, "options": options, "surplus": surplus, "unreadable": unreadable, **controls}
     restore: list[tuple[Any, Any]] = [(enabled, lambda params: from_infotext(params)[0]["enabled"])]

@@ -112,7 +112,7 @@ class Studio:
         }  # fmt: skip
         if args is not None:
             body["alwayson_scripts"] = {"memnoise": {"args": args}}
-        return self.host.txt2img(body)
+        return self.host.img2img(body) if "init_images" in body else self.host.txt2img(body)
 
     def run(self, settings: dict[str, Any] | None = None, **payload: Any) -> Run:
         """Generate; `settings` None leaves memnoise out of the request."""

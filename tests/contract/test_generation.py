@@ -58,7 +58,8 @@ def test_every_sampler(studio: Studio, sampler: str) -> None:
     assert per_sample.number("magnitude after") < 0.8 * per_sample.number("magnitude")
     steps = per_sample.number("steps taken")
     assert steps > 0 and per_sample.number("backward rows") == 2 * steps
-    if sampler != "DPM adaptive":
+    # (A fork's network is asked at sigmas, and DPM fast's first is another by rounding.)
+    if sampler != "DPM adaptive" and not (studio.is_fork and sampler == "DPM fast"):
         # steps + 1 evaluations, the last of which is the sampler's first
         assert per_sample.number("rows") == nothing.number("rows") + 2 * steps
 

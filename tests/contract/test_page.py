@@ -66,8 +66,8 @@ def test_the_accordion_is_there_and_off(page: HostPage) -> None:
     ids = page.accordion.evaluate("root => [root, ...root.querySelectorAll('[id]')].map((node) => node.id)")
     # gradio numbers what is given no name, and names a dropdown's parts itself.
     own = {name for name in ids if "memnoise" in name}
-    assert own >= {f"script_memnoise_{name}" for name in SPECS}
-    assert all(name.startswith("script_memnoise_") for name in own)
+    assert own >= {f"script_txt2img_memnoise_{name}" for name in SPECS}
+    assert all(name.startswith("script_txt2img_memnoise_") for name in own)
 
 
 def test_only_what_is_used_is_shown(page: HostPage) -> None:
@@ -289,19 +289,19 @@ def pressed(host: Any, infotext: str, **changed: Any) -> tuple[Any, ...]:
 
 def test_pasting_without_a_browser(double: Any) -> None:
     pasted = double.paste(PER_SAMPLE)
-    assert pasted["script_memnoise_enabled-checkbox"] is True
-    assert pasted["script_memnoise_method"] == METHODS["per_sample"].label
-    assert pasted["script_memnoise_preset"] == PRESETS["custom"]
-    assert pasted["script_memnoise_target"] == 0.5
-    assert pasted["script_memnoise_reference"] == (SPECS["reference"].choices or {})["negative"]
-    assert pasted["script_memnoise_unreadable"] == ""
+    assert pasted["script_txt2img_memnoise_enabled-checkbox"] is True
+    assert pasted["script_txt2img_memnoise_method"] == METHODS["per_sample"].label
+    assert pasted["script_txt2img_memnoise_preset"] == PRESETS["custom"]
+    assert pasted["script_txt2img_memnoise_target"] == 0.5
+    assert pasted["script_txt2img_memnoise_reference"] == (SPECS["reference"].choices or {})["negative"]
+    assert pasted["script_txt2img_memnoise_unreadable"] == ""
     pictures, _, infotext, log = pressed(double, PER_SAMPLE)
     assert len(pictures) == 1 and "Memnoise: per_sample" in infotext and "Memnoise, image 1: per-sample" in log
 
     pasted = double.paste(PICTURE)
     assert {name: value for name, value in pasted.items() if "memnoise" in name} == {
-        "script_memnoise_enabled-checkbox": False,
-        "script_memnoise_unreadable": "",
+        "script_txt2img_memnoise_enabled-checkbox": False,
+        "script_txt2img_memnoise_unreadable": "",
     }
     pictures, _, infotext, _ = pressed(double, PICTURE)
     assert len(pictures) == 1 and "Memnoise" not in infotext
@@ -309,11 +309,11 @@ def test_pasting_without_a_browser(double: Any) -> None:
 
 def test_pasting_what_cannot_be_read_without_a_browser(double: Any) -> None:
     pasted = double.paste(MALFORMED)
-    assert pasted["script_memnoise_enabled-checkbox"] is True
-    assert pasted["script_memnoise_unreadable"] == SOON
+    assert pasted["script_txt2img_memnoise_enabled-checkbox"] is True
+    assert pasted["script_txt2img_memnoise_unreadable"] == SOON
     pictures, *_, log = pressed(double, MALFORMED)
     assert not pictures and "class='error'" in log and "tau = &quot;soon&quot; is not valid" in log
-    pictures, _, infotext, log = pressed(double, MALFORMED, script_memnoise_unreadable="")
+    pictures, _, infotext, log = pressed(double, MALFORMED, script_txt2img_memnoise_unreadable="")
     assert len(pictures) == 1 and "Memnoise gamma: 0.4" in infotext and "class='error'" not in log
 
 

@@ -994,7 +994,7 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
 
 @dataclass(repr=False)
 class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
-    """img2img without masks."""
+    """img2img, with masks over the whole picture that start from what is under them."""
 
     init_images: list = None  # type: ignore[assignment]
     resize_mode: int = 0
@@ -1002,6 +1002,8 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
     image_cfg_scale: float = None  # type: ignore[assignment]
     mask: Any = None
     inpainting_fill: int = 0
+    inpaint_full_res: bool = False
+    mask_blur: int = 0
     initial_noise_multiplier: float = None  # type: ignore[assignment]
     force_task_id: str = None  # type: ignore[assignment]
 
@@ -1012,8 +1014,9 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mask is not None:
-            raise NotImplementedError("the double has no inpainting masks")
+        self.image_mask, self.mask = self.mask, None
+        if self.image_mask is not None and self.inpainting_fill != 1:
+            raise NotImplementedError("the double's masks start from the original")
         if self.initial_noise_multiplier is None:
             self.initial_noise_multiplier = opts.initial_noise_multiplier
 
@@ -1033,7 +1036,14 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
             raise RuntimeError(f"there are {len(pictures)} images for a batch of {self.batch_size}")
         batch = torch.stack(pictures)
         self.init_latent = images_tensor_to_samples(batch, model=self.sd_model)
-        self.image_conditioning = self.img2img_image_conditioning(batch * 2 - 1, self.init_latent)
+        picture_mask = None
+        if self.image_mask is not None:
+            picture_mask = self.image_mask.convert("L").resize((self.width, self.height))
+            size = self.init_latent.shape[3], self.init_latent.shape[2]
+            repainted = np.around(np.array(picture_mask.resize(size), dtype=np.float32) / 255)
+            self.nmask = torch.from_numpy(repainted)[None].expand(4, -1, -1)
+            self.mask = 1 - self.nmask
+        self.image_conditioning = self.img2img_image_conditioning(batch * 2 - 1, self.init_latent, picture_mask)
 
     def sample(
         self,
@@ -1052,7 +1062,7 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
             self.scripts.process_before_every_sampling(
                 p=self, x=self.init_latent, noise=noise, c=conditioning, uc=unconditional_conditioning
             )
-        return self.sampler.sample_img2img(
+        samples = self.sampler.sample_img2img(
             self,
             self.init_latent,
             noise,
@@ -1060,6 +1070,7 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
             unconditional_conditioning,
             image_conditioning=self.image_conditioning,
         )
+        return samples if self.mask is None else samples * self.nmask + self.init_latent * self.mask
 
     def get_token_merging_ratio(self, for_hr: bool = False) -> float:
         overridden = "token_merging_ratio" in self.override_settings and opts.token_merging_ratio

@@ -292,8 +292,9 @@ class Api:
             raise HTTPException(status_code=404, detail="there are no init_images")
         runner, defaults = scripts.scripts_img2img, self.default_script_arg_img2img
         decoded = [decode_base64_to_image(x) for x in encoded]
+        mask = img2imgreq.mask and decode_base64_to_image(img2imgreq.mask)  # type: ignore[attr-defined]
         answer = self._generate(
-            img2imgreq, "img2img", runner, defaults, StableDiffusionProcessingImg2Img, init_images=decoded
+            img2imgreq, "img2img", runner, defaults, StableDiffusionProcessingImg2Img, init_images=decoded, mask=mask
         )
         answer.parameters["init_images"] = None
         return answer

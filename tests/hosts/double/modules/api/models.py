@@ -59,6 +59,9 @@ StableDiffusionImg2ImgProcessingAPI = _request_model(
         "init_images": (list, None),
         "denoising_strength": (float, 0.75),
         "mask": (str, None),
+        "inpainting_fill": (int, 0),
+        "inpaint_full_res": (bool, True),
+        "mask_blur": (int, 4),
         "include_init_images": (bool, False),
     },
 )
