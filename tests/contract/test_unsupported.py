@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
-from tests.contract.conftest import HOSTS, Studio, open_host
+from tests.contract.conftest import HOSTS, REPOSITORY, Studio, open_host
 
 
 @pytest.mark.parametrize("method", ["batch_wise", "per_sample"])
@@ -19,6 +21,34 @@ def test_flow_models(tmp_path_factory: pytest.TempPathFactory, method: str) -> N
         assert np.array_equal(run.images[0], studio.run(**euler).images[0])
         answer = studio.answer([True, {"method": method, "fail_instead": True}], **euler)
         assert answer.status == 500 and "flow models such as SD3" in answer.detail
+
+
+@pytest.mark.parametrize(("without", "said"), [(None, "1.10 or later"), ("sd_samplers_cfg_denoiser", "SD.Next")])
+def test_hosts_without_the_hook(monkeypatch: pytest.MonkeyPatch, without: str | None, said: str) -> None:
+    """As before 1.10, and as SD.Next."""
+    from tests.hosts.double.host import Double
+
+    with Double(None) as nothing:  # the host's modules are there
+        from modules import scripts
+
+        plain = Studio(nothing).run()
+        monkeypatch.delattr(scripts.Script, "process_before_every_sampling")
+        monkeypatch.setattr(scripts.ScriptRunner, "process_before_every_sampling", lambda self, p, **kwargs: None)
+        if without:
+            monkeypatch.setitem(sys.modules, f"modules.{without}", None)
+        with Double(REPOSITORY) as host:
+            assert host.startup_reports == []
+            studio = Studio(host)
+            for args in ([True], [True, {"tau": 500}], [{"method": "per_sample"}]):
+                run = studio.answer(args)
+                assert run.status == 200 and np.array_equal(run.image, plain.images[0])
+                assert said in run.infotexts[0].split("Memnoise failed: ")[1]
+            for args in ([False], [False, {"tau": 500}], [{"enabled": False}]):
+                assert "Memnoise" not in studio.answer(args).infotexts[0]
+            assert host.reports == []
+            answer = studio.answer([True, {"fail_instead": True}])
+            assert answer.status == 500 and said in answer.detail
+    monkeypatch.undo()
 
 
 def test_gradients_with_lowvram(tmp_path_factory: pytest.TempPathFactory) -> None:
