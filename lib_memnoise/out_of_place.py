@@ -58,14 +58,23 @@ class OutOfPlace(TorchFunctionMode):
 
 @contextlib.contextmanager
 def out_of_place(unet: nn.Module) -> Iterator[None]:
-    """`OutOfPlace`, also where a block of an ldm or sgm U-Net is evaluated again in a backward pass's own thread."""
+    """Within, an ldm or sgm U-Net is evaluated with `OutOfPlace`, and nothing else is.
+
+    So are its blocks, each by itself, which a backward pass may evaluate again, in a thread of its own.
+    """
     with contextlib.ExitStack() as restored:
-        for block in blocks(unet):
-            restored.enter_context(standing_in(block, functools.partial(_within, block.forward)))
-        restored.enter_context(OutOfPlace())
+        for part in (unet, *blocks(unet)):
+            restored.enter_context(standing_in(part, functools.partial(_within, part.forward)))
         yield
 
 
 def _within(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with OutOfPlace():
         return forward(*args, **kwargs)
+
+
+def underneath(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands behind `out_of_place`, if that is there."""
+    if isinstance(forward, functools.partial) and forward.func is _within:
+        return forward.args[0]  # type: ignore[no-any-return]
+    return forward

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lib_memnoise.checkpointing import checkpointed
 from lib_memnoise.normal_tensors import normal_tensors
-from lib_memnoise.out_of_place import out_of_place
+from lib_memnoise.out_of_place import OutOfPlace, out_of_place
 
 
 class Block(nn.Module):
@@ -85,7 +83,7 @@ def test_gradient_is_that_of_finite_differences(lean: bool) -> None:
     assert float((gradient * direction).sum()) == pytest.approx(float(difference(plain, x, direction)), rel=1e-6)
     assert made.middle_block.mix.weight is weight and weight.is_inference()
     assert all(value.is_inference() for value in (*made.parameters(), *made.buffers()))
-    assert "forward" not in made.middle_block.__dict__
+    assert "forward" not in made.middle_block.__dict__ and "forward" not in made.__dict__
 
 
 def test_what_it_is_for() -> None:
@@ -111,7 +109,7 @@ def test_weights_that_are_replaced_meanwhile_stay_so() -> None:
 def test_methods_change_their_tensor_and_augmented_assignments_do_not() -> None:
     x = torch.ones(2)
     kept = x
-    with out_of_place(copy.deepcopy(Network())):
+    with OutOfPlace():
         x.add_(1)
         assert kept.tolist() == [2, 2]
         x += 1
@@ -119,5 +117,33 @@ def test_methods_change_their_tensor_and_augmented_assignments_do_not() -> None:
         y = x
         y[:1] += 1
         assert x.tolist() == [4, 3]
-    x += 1
     assert x is not kept
+
+
+def test_an_optimiser_beside_the_network_is_left_alone() -> None:
+    """AdamW counts its steps by `+=`."""
+    made, plain = networks()
+    start = torch.randn(3, 6, dtype=torch.float64)
+
+    def descended(network: Network) -> Tensor:
+        x = start.clone().requires_grad_()
+        optimiser = torch.optim.AdamW([x], lr=0.1)
+        for _ in range(4):
+            optimiser.zero_grad()
+            (x.grad,) = torch.autograd.grad(network(x).norm(), x)
+            optimiser.step()
+        return x.detach()
+
+    with normal_tensors(made), out_of_place(made):
+        found = descended(made)
+
+    class Copied(Network):
+        """The same without anything overwritten."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            with OutOfPlace():
+                return super().forward(x)
+
+    copied = Copied().double()
+    copied.load_state_dict(plain.state_dict())
+    assert torch.allclose(found, descended(copied), rtol=0, atol=1e-12)

@@ -26,7 +26,7 @@ from lib_memnoise.host.network import Composition, Conditions, Evaluated
 from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.host.rows import Cond
 from lib_memnoise.normal_tensors import normal_tensors
-from lib_memnoise.out_of_place import out_of_place
+from lib_memnoise.out_of_place import out_of_place, underneath
 from lib_memnoise.prediction import per_image
 
 WRAPPER = "model_function_wrapper"
@@ -335,7 +335,7 @@ class Patched:
         return (
             id(unet.model),
             unet.model.apply_model,
-            unet.model.diffusion_model.forward,
+            underneath(unet.model.diffusion_model.forward),
             fingerprint(options_of(unet)),
             id(unet.controlnet_linked_list),
             id(unet.extra_concat_condition),
