@@ -114,7 +114,9 @@ class WebUI:
         self.checkpoint = checkpoint
         self.repository = repository
         self.extensions = [Path(e).absolute() for e in extensions]
-        flags = (*FLAGS, *FORK_FLAGS) if self.is_fork else FLAGS
+        # With a data folder elsewhere, Forge does not serve its own scripts unless told to.
+        forks = (*FORK_FLAGS, "--gradio-allowed-path", str(self.root))
+        flags = (*FLAGS, *forks) if self.is_fork else FLAGS
         self.args = [*(f for f in flags if f not in drop_args), *extra_args]
         self.settings = {**SETTINGS, "sd_model_checkpoint": f"{checkpoint}.safetensors", **(settings or {})}
         self.env = dict(env or {})
