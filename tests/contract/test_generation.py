@@ -216,6 +216,9 @@ def test_hires_first_pass_only_unless_asked(studio: Studio) -> None:
     assert not same(first, plain) and not same(both, first)
     assert both.number("rows") > first.number("rows")
     assert both.read("Memnoise failed") is None
+    # Each pass is adjusted once, whatever the host calls twice: 4·M rows.
+    static = studio.run({"method": "static", "tau": 900, "hires": True}, **hires)
+    assert both.number("rows") - static.number("rows") == 16
 
 
 def test_refiner_switch_while_guidance_is_off(studio: Studio) -> None:

@@ -1,0 +1,133 @@
+"""What a host that patches its U-Net is told, row by row; its own calls are seen only with `SD_WEBUI_DIR`."""
+
+from __future__ import annotations
+
+import copy
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.hosts.double.host import Double
+
+
+@pytest.fixture(scope="module")
+def forge() -> Any:
+    """The module, which needs a host's packages to be imported."""
+    with Double(None):
+        from lib_memnoise.host import forge
+
+        yield forge
+
+
+def test_parts_are_paired_as_the_host_pairs_them(forge: ModuleType) -> None:
+    """As many parts as the shortest prompt has, each weighted as the last prompt's."""
+    parts = [[(0, 1.0), (1, 0.5)], [(2, 0.7)], [(3, 0.9), (4, 0.3)]]
+    assert forge.as_heard(parts) == [[(0, 0.9)], [(2, 0.9)], [(3, 0.9)]]
+    assert forge.as_heard(parts[:1]) == parts[:1]
+
+
+def test_chunks_are_told_by_what_is_in_them(forge: ModuleType) -> None:
+    cond = torch.randn(4, 3, 2)
+    rows_of_part = [[0, 2], [1, 3]]
+    assert forge.which_part(cond[[1, 3]], cond, rows_of_part) == 1
+    # The host repeats a shorter text.
+    assert forge.which_part(cond[[0, 2]].repeat(1, 2, 1), cond, rows_of_part) == 0
+    assert forge.which_part(cond[[0, 3]], cond, rows_of_part) is None
+
+
+def call(images: int = 2) -> dict[str, Any]:
+    """What the network is given for two chunks, unconditional rows first."""
+    rows = 2 * images
+    return {
+        "c_crossattn": torch.arange(rows).reshape(rows, 1, 1).float(),
+        "y": torch.arange(rows).reshape(rows, 1) * 10.0,
+        "control": {"input": [torch.arange(rows).reshape(rows, 1) * 100.0], "middle": []},
+        "transformer_options": {
+            "cond_or_uncond": [1, 0],
+            "sigmas": torch.full((images,), 14.0),
+            "cond_mark": torch.tensor([1.0] * images + [0.0] * images),
+            "cond_indices": [2, 3],
+            "uncond_indices": [0, 1],
+            "uuids": ["a", "b"],
+            "patches": {"attn1_patch": [len]},
+        },
+    }
+
+
+def test_some_rows_of_a_call(forge: ModuleType) -> None:
+    given = call()
+    before = copy.deepcopy(given["transformer_options"])
+    some = forge.some_rows(given, [3, 0])
+    assert some["c_crossattn"].flatten().tolist() == [3, 0]
+    assert some["y"].flatten().tolist() == [30, 0]
+    assert some["control"]["input"][0].flatten().tolist() == [300, 0]
+    options = some["transformer_options"]
+    assert options["cond_or_uncond"] == [0, 1] and options["cond_mark"].tolist() == [0, 1]
+    assert (options["cond_indices"], options["uncond_indices"]) == ([0], [1])
+    assert options["sigmas"].shape == (1,) and options["uuids"] == ["b", "a"]
+    assert options["patches"] is given["transformer_options"]["patches"]
+    # The call itself stays as it was, also what the network empties.
+    some["control"]["input"].pop()
+    assert len(given["control"]["input"]) == 1
+    assert {**given["transformer_options"], "sigmas": 0, "cond_mark": 0} == {**before, "sigmas": 0, "cond_mark": 0}
+    marked = forge.some_rows(given, [2, 2], [1, 1])["transformer_options"]
+    assert marked["cond_or_uncond"] == [1, 1] and marked["uncond_indices"] == [0, 1]
+
+
+def test_a_state_leaves_the_gate_out(forge: ModuleType) -> None:
+    def inner() -> None: ...
+
+    def gate() -> None: ...
+
+    def patch() -> None: ...
+
+    options: dict[str, Any] = {"transformer_options": {"patches": {"attn1_patch": [patch]}}}
+    bare = forge.fingerprint(options)
+    gate.memnoise_inner = None  # type: ignore[attr-defined]
+    assert forge.fingerprint({**options, forge.WRAPPER: gate}) == bare
+    gate.memnoise_inner = inner  # type: ignore[attr-defined]
+    assert forge.fingerprint({**options, forge.WRAPPER: gate}) == forge.fingerprint({**options, forge.WRAPPER: inner})
+    assert forge.fingerprint({**options, forge.WRAPPER: inner}) != bare
+    assert forge.fingerprint({"transformer_options": {"patches": {"attn1_patch": [gate]}}}) != bare
+
+
+def test_token_merging_is_left_out_of_gradients_only(forge: ModuleType) -> None:
+    def merge() -> None: ...
+
+    def patch() -> None: ...
+
+    merge.__module__ = "backend.misc.tomesd"
+    unet = SimpleNamespace(model_options={"transformer_options": {"patches": {"attn1_patch": [merge, patch]}}})
+    with torch.no_grad():
+        assert forge.options_of(unet)["transformer_options"]["patches"]["attn1_patch"] == [merge, patch]
+    with torch.enable_grad():
+        assert forge.options_of(unet)["transformer_options"]["patches"]["attn1_patch"] == [patch]
+    assert unet.model_options["transformer_options"]["patches"]["attn1_patch"] == [merge, patch]
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("scale", [7.0, None])
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.5], [0.3, -0.2]])
+def test_the_hosts_combination_is_what_is_wanted(
+    forge: ModuleType, monkeypatch: pytest.MonkeyPatch, zeros: bool, scale: float | None, weights: list[float]
+) -> None:
+    monkeypatch.setattr(forge, "host", lambda: SimpleNamespace(leaves_zeros=zeros))
+    gate = forge.PatchGate.__new__(forge.PatchGate)
+    gate.step = SimpleNamespace(weights=[weights], scale=scale)
+    torch.manual_seed(0)
+    prompts, unconditional = torch.randn(len(weights), 4, 2, 2), torch.randn(4, 2, 2)
+
+    def combined(rows: list[torch.Tensor]) -> torch.Tensor:
+        """As the hosts do: the mean of the parts, then guidance times the sum of their weights."""
+        strength = sum(weights)
+        mean = sum(weight * row for weight, row in zip(weights, rows)) / strength
+        strength = 1.0 if abs(strength - 1) < 1e-9 else strength
+        if scale is None:
+            return mean * strength if zeros else mean
+        return unconditional + (mean - unconditional) * scale * strength
+
+    assert torch.allclose(combined(gate.unguided(0, unconditional)), unconditional, atol=1e-5)
+    wanted = unconditional - 3 * sum(w * (row - unconditional) for w, row in zip(weights, prompts))
+    assert torch.allclose(combined(gate.opposite(0, prompts, unconditional, 3.0)), wanted, atol=1e-4)
