@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from fastapi import Body, HTTPException
-from modules import shared
+from modules import devices, shared
 
+from lib_memnoise import __version__
 from lib_memnoise.calibration import ordinary_prompts
 from lib_memnoise.host import calibrations, scoring
 from lib_memnoise.host.traces import STORE
@@ -62,6 +64,32 @@ def listed() -> Any:
     return [scoring.summary(calibration) for calibration in calibrations.store().all()]
 
 
+def about() -> Any:
+    """`GET /memnoise/v1/about`: what generates here."""
+    info = getattr(shared.sd_model, "sd_checkpoint_info", None)
+    if info is None:
+        raise HTTPException(status_code=503, detail="memnoise: no checkpoint is loaded.")
+    weight = next(shared.sd_model.parameters())
+    return {
+        "memnoise": __version__,
+        "checkpoint": info.name_for_extra,
+        "hash": info.shorthash,
+        "parameterization": calibrations.parameterization(),
+        "device": str(devices.get_optimal_device()),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+    }
+
+
+def peak_memory() -> Any:
+    """`POST /memnoise/v1/peak_memory`: most of the GPU's memory in use since it was last asked, in bytes; else null."""
+    device = devices.get_optimal_device()
+    if device.type != "cuda":
+        return {"bytes": None}
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"bytes": peak}
+
+
 def trace(name: str) -> Any:
     """`GET /memnoise/v1/trace/{name}`."""
     found = STORE.get(name)
@@ -71,10 +99,12 @@ def trace(name: str) -> Any:
 
 
 ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("GET", "about", about),
     ("GET", "schema", json_schema),
     ("POST", "score", score),
     ("POST", "calibrate", calibrate),
     ("POST", "compare", compare),
+    ("POST", "peak_memory", peak_memory),
     ("GET", "calibrations", listed),
     ("GET", "trace/{name}", trace),
 )
