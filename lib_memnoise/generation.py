@@ -96,7 +96,7 @@ def report_infotext(report: ImageReport) -> dict[str, str | int | None]:
         _number(report.after),
         None if report.threshold is None else str(not report.left_alone),
         report.steps,
-        _number(report.norm),
+        _number(report.norm, 6),
         _number(report.transition),
         report.forward_rows or None,
         report.backward_rows or None,
@@ -106,5 +106,5 @@ def report_infotext(report: ImageReport) -> dict[str, str | int | None]:
     return {f"{INFOTEXT} {key}": value for key, value in zip(REPORT_KEYS, values)}
 
 
-def _number(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4g}"
+def _number(value: float | None, digits: int = 4) -> str | None:
+    return None if value is None else f"{value:.{digits}g}"

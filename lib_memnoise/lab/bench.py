@@ -264,6 +264,7 @@ def generate(
     seeds: Sequence[int] = (),
     sampler: str = "DDIM",
     steps: int = STEPS,
+    cfg: float = CFG,
     looking: bool = False,
 ) -> Generated:
     """Mitigate the initial latents x `(B, 4, 16, 16)` as the settings say, and sample.
@@ -303,7 +304,7 @@ def generate(
         adjusted = outcome.x
         network = network.hearing(captions, outcome.prompts)
         starts = [make_start(settings) if i in flagged else Start() for i in range(len(x))]
-    guided = Guided(network, starts, looking=looking)
+    guided = Guided(network, starts, cfg, looking)
     latents = SAMPLERS[sampler].sample(guided, adjusted, steps, model.parameterization)
     with torch.no_grad():
         # of the prompt as it was heard
