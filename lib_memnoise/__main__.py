@@ -229,6 +229,81 @@ def miniature_check(_: argparse.Namespace) -> None:
     print(report(validate()))
 
 
+def evaluation(name: str) -> Callable[[argparse.Namespace], None]:
+    """A command of the evaluation, whose packages are imported when it runs."""
+
+    def run(arguments: argparse.Namespace) -> None:
+        from lib_memnoise.lab.evaluation.command import COMMANDS
+
+        COMMANDS[name](arguments)
+
+    return run
+
+
+def add_evaluation(add: Callable[..., Parser], commands: Any, threads: dict[str, Any]) -> None:
+    """The commands `evaluate`, `figures` and `compare`."""
+    command = add(
+        commands,
+        "evaluate",
+        evaluation("evaluate"),
+        "the paper's evaluation, on a WebUI or the miniature: generates, measures, draws; goes on where it was stopped",
+    )
+    command.add_argument("run", type=Path, metavar="RUN", help="the run's folder: a new one, or one to go on with")
+    command.add_argument("--plan", metavar="NAME|FILE", help="paper-sd1, paper-sd2, miniature, or a YAML file")
+    command.add_argument(
+        "--url", action="append", help="of a WebUI with memnoise, run with --api; may be repeated, for each its own GPU"
+    )
+    command.add_argument("--api-auth", "--auth", dest="auth", metavar="USER:PASSWORD", help="as the WebUI's --api-auth")
+    command.add_argument("--dask", metavar="ADDRESS", help="of a Dask scheduler, each of whose workers has a WebUI")
+    command.add_argument("--dry-run", action="store_true", help="say what would be generated, and stop")
+    command.add_argument("--json", action="store_true", help="print points and claims as JSON")
+    group = command.add_argument_group("instead of what the plan says, or without one")
+    group.add_argument("--prompts", metavar="FILE", help="the paper's .csv, .jsonl, or a caption a line")
+    group.add_argument("--ground-truth", metavar="FOLDER", help="training pictures, a folder for every Index")
+    group.add_argument("--first", type=whole_number(1, 10**6), metavar="N", help="only so many prompts")
+    group.add_argument(
+        "--method",
+        action="append",
+        metavar="METHOD:SETTING=VALUE,VALUE",
+        help="none, static:tau=780,740 and so on; may be repeated",
+    )
+    group.add_argument("--images", type=whole_number(1, 1000), help="of each prompt at every strength")
+    group.add_argument("--batch", type=whole_number(1, 64), help="images of one request")
+    group.add_argument("--seed", type=whole_number(0, 2**32 - 1), help="of the first image")
+    group.add_argument("--sampler", metavar="NAME", help="as the WebUI names it")
+    group.add_argument("--scheduler", metavar="NAME", help="schedule type")
+    group.add_argument("--steps", type=whole_number(1, 1000), help="of the sampler")
+    group.add_argument("--cfg", type=float, metavar="SCALE", help="CFG scale")
+    group.add_argument("--width", type=int, help="in pixels")
+    group.add_argument("--height", type=int, help="in pixels")
+    group.add_argument("--negative", dest="negative_prompt", metavar="PROMPT", help="negative prompt")
+    group.add_argument("--metrics", metavar="NAME,NAME", help="sscd, clip, lpips, imagereward, similarity, diversity")
+    group = command.add_argument_group("how")
+    group.add_argument("--sscd", type=Path, metavar="FILE", help="sscd_disc_mixup, TorchScript or ONNX")
+    group.add_argument("--clip-weights", metavar="FILE|NAME", help="open_clip's (default: laion2b_s34b_b79k)")
+    group.add_argument("--lpips-weights", type=Path, metavar="FILE", help="AlexNet's (default: torchvision's download)")
+    group.add_argument("--imagereward-weights", metavar="FILE|NAME", help="(default: ImageReward-v1.0)")
+    group.add_argument("--device", default="cpu", help="where the metrics run (default: cpu)")
+    group.add_argument(
+        "--attempts", type=whole_number(1, 1000), default=15, help="of a WebUI that does not answer (default: 15)"
+    )
+    group.add_argument("--timeout", type=float, default=1800, metavar="SECONDS", help="of a request (default: 1800)")
+    group.add_argument("--variant", choices=("eps", "v"), default="eps", help="of the miniature (default: eps)")
+    group.add_argument("--threads", **threads)
+
+    command = add(
+        commands, "figures", evaluation("figures"), "draw an evaluation's figures and report from its records"
+    )
+    command.add_argument("run", type=Path, metavar="RUN")
+    command = add(
+        commands, "compare", evaluation("compare"), "what changed from one evaluation to another, with intervals"
+    )
+    command.add_argument("run_a", type=Path, metavar="RUN_A")
+    command.add_argument("run_b", type=Path, metavar="RUN_B")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="also write the differences here")
+    command.add_argument("--json", action="store_true", help="print them as JSON")
+
+
 def parser() -> argparse.ArgumentParser:
     top = Parser(
         prog="python -m lib_memnoise",
@@ -284,7 +359,7 @@ def parser() -> argparse.ArgumentParser:
 
     def webui(command: Parser, *, required: bool) -> None:
         command.add_argument("--url", required=required, help="of a WebUI with memnoise, run with --api")
-        command.add_argument("--auth", metavar="USER:PASSWORD", help="where it runs with --api-auth")
+        command.add_argument("--auth", "--api-auth", metavar="USER:PASSWORD", help="where it runs with --api-auth")
         for name in ("width", "height"):
             command.add_argument(f"--{name}", type=whole_number(64, 2048), help="in pixels")
         command.add_argument("--sampler", dest="sampler_name", metavar="NAME", help="as the WebUI names it")
@@ -315,6 +390,8 @@ def parser() -> argparse.ArgumentParser:
         commands, "calibrate", calibrate, "have a WebUI score ordinary prompts on its checkpoint and keep that"
     )
     webui(command, required=True)
+
+    add_evaluation(add, commands, threads)
 
     text = "the miniature model"
     miniature = commands.add_parser("miniature", help=text, description=text)
@@ -357,7 +434,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         raise SystemExit("memnoise: there is not enough memory.") from None
     except ModuleNotFoundError as error:
-        hint = 'python -m pip install ".[demo]" installs what this command needs.'
+        extra = "evaluate" if arguments.command.__qualname__.startswith("evaluation") else "demo"
+        hint = f'python -m pip install ".[{extra}]" installs what this command needs.'
         raise SystemExit(f"memnoise: the package {error.name} is missing; {hint}") from None
 
 

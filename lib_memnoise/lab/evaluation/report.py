@@ -1,0 +1,179 @@
+"""The report of a run: one HTML page with everything in it, and the same numbers for machines."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from lib_memnoise import __version__
+from lib_memnoise.files import replacing
+from lib_memnoise.lab.evaluation.figures import Drawn, draw, label_of, save
+from lib_memnoise.lab.evaluation.metrics import METRICS
+from lib_memnoise.lab.evaluation.results import CLAIMS, Claim, Estimate, Results, claims, compared, overall, results
+from lib_memnoise.lab.evaluation.run import Run
+
+PAGE, FIGURES = "report.html", "figures"
+
+
+def number(value: Any) -> str:
+    """A cell of a table."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if 1e-3 <= abs(value) < 100 else f"{value:.4g}"
+
+
+def _environment() -> jinja2.Environment:
+    made = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
+                              lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
+    made.filters["number"] = number
+    return made
+
+
+def _picture(drawn: Drawn) -> str | None:
+    if drawn.figure is None:
+        return None
+    buffer = io.BytesIO()
+    drawn.figure.savefig(buffer, format="png", dpi=110)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _table(data: pd.DataFrame | None, columns: Sequence[str]) -> dict[str, Any] | None:
+    if data is None or not columns:
+        return None
+    return {"columns": list(columns), "rows": data[list(columns)].astype(object).to_numpy().tolist()}
+
+
+def report(run: Run, absent: dict[str, str] | None = None) -> tuple[Results, list[Claim], Path]:
+    """Write a run's figures and page, from its records.
+
+    Raises:
+        OSError: one cannot be written.
+    """
+    found = results(run, absent)
+    judged = claims(found)
+    folder = run.folder / FIGURES
+    parts = []
+    for drawn in draw(found, run):
+        save(drawn, folder)
+        parts.append(
+            {
+                "title": drawn.title[:1].upper() + drawn.title[1:],
+                "note": drawn.note,
+                "picture": _picture(drawn),
+                "table": _table(drawn.data, drawn.shown),
+                "name": drawn.name,
+            }
+        )
+    save(Drawn("images", "", None, found.images), folder)
+    page = _environment().get_template("report.html.jinja").render(
+        version=__version__, plan=found.plan, source=found.source, metrics=found.metrics, labels=METRICS,
+        absent=found.absent, claims=grouped(judged), verdicts=VERDICTS, parts=parts, found=found,
+        prompts=len(found.plan.prompts),
+    )  # fmt: skip
+    path = run.folder / PAGE
+    with replacing(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+    with replacing(run.folder / "claims.json") as partial:
+        partial.write_text(
+            json.dumps([plain(claim) for claim in judged], indent=1, ensure_ascii=False), encoding="utf-8"
+        )
+    return found, judged, path
+
+
+def plain(claim: Claim) -> dict[str, Any]:
+    """A claim for machines; NaN is null."""
+
+    def known(value: Any) -> Any:
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    content = {**asdict(claim), "holds": claim.holds}
+    return {**content, "estimate": {name: known(value) for name, value in content["estimate"].items()}}
+
+
+VERDICTS = {True: "holds", False: "does not hold", None: "is not shown"}
+"""None: the interval has both in it, or something is missing."""
+
+
+def grouped(judged: Sequence[Claim]) -> list[dict[str, Any]]:
+    """Every claim of the paper's, its verdict and its parts in this run."""
+    groups = []
+    for number, claim in CLAIMS.items():
+        parts = [part for part in judged if part.number == number]
+        holds = overall(parts)
+        counts = [sum(part.holds is each for part in parts) for each in (True, False, None)]
+        words = ("shown", "refuted", "undecided")
+        said = ", ".join(f"{count} {word}" for count, word in zip(counts, words) if count)
+        summary = "" if len(parts) < 2 else f"of its {len(parts)} parts {said}"
+        groups.append({"number": number, "claim": claim, "holds": holds, "parts": parts, "summary": summary})
+    return groups
+
+
+def text(found: Results, judged: Sequence[Claim]) -> str:
+    """The results as plain text: a line a point, then the claims."""
+    lines = []
+    names = list(found.metrics)
+    data = found.table("methods")
+    if len(data) and names:
+        lines.append(f"{'':42}" + "".join(f"{name:>26}" for name in names) + f"{'rows':>9}")
+        for _, row in data.iterrows():
+            label = label_of(row)
+            cells = [
+                str(Estimate(row[name], row[f"{name} low"], row[f"{name} high"], len(found.plan.prompts)))
+                for name in names
+            ]
+            lines.append(f"{label:42}" + "".join(f"{cell:>26}" for cell in cells) + f"{number(row['rows']):>9}")
+        lines.append("")
+    for group in grouped(judged):
+        if not group["parts"]:
+            continue
+        lines.append(f"({group['number']}) {group['claim']}: {VERDICTS[group['holds']]}.")
+        for part in group["parts"]:
+            lines.append(f"    {VERDICTS[part.holds]:14} {part.estimate!s:26} {part.claim} ({part.measured})")
+    lines += ["", *notes(found)]
+    return "\n".join(lines)
+
+
+def notes(found: Results) -> list[str]:
+    """What a reader must know of the numbers."""
+    lines = [
+        f"{len(found.images)} of {found.plan.total} images, {len(found.plan.prompts)} prompts; "
+        "intervals are 95 % bootstrap intervals over prompts."
+    ]
+    if found.missing:
+        lines.append(f"{found.missing} images are missing.")
+    if found.failed:
+        lines.append(f"{found.failed} images could not be mitigated, and are left out.")
+    if any(claim.holds is None for claim in claims(found)):
+        lines.append("What is not shown has an interval on both sides of the claim: more prompts would decide it.")
+    lines += [f"{name} is not measured: {reason}." for name, reason in found.absent.items()]
+    return lines
+
+
+def comparison(a: Run, b: Run) -> pd.DataFrame:
+    """Paired differences b − a."""
+    return compared(results(a), results(b))
+
+
+def comparison_text(data: pd.DataFrame, a: Path, b: Path) -> str:
+    """The differences as plain text; a star marks those whose interval excludes 0."""
+    lines = [f"a: {a}", f"b: {b}", "", f"{'':44}{'metric':14}{'images':>7}{'a':>10}{'b':>10}   b − a"]
+    for _, row in data.iterrows():
+        differs = row["low"] > 0 or row["high"] < 0
+        lines.append(
+            f"{row['method']:44}{row['metric']:14}{row['images']:7d}{row['a']:10.4f}{row['b']:10.4f}   "
+            f"{row['difference']:+.4f} [{number(row['low'])}, {number(row['high'])}]{' *' if differs else ''}"
+        )
+    return "\n".join(
+        [*lines, "", "The same prompts and seeds; *: the 95 % bootstrap interval over prompts excludes 0."]
+    )
