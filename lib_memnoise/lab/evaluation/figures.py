@@ -342,8 +342,8 @@ def cost(found: Results) -> Drawn:
     columns = ["curve", "strength", "rows", "backward_rows", "seconds", "seconds ratio", "memory", "memory ratio"]
     shown = [name for name in columns if name in data and (name in ("curve", "strength") or data[name].notna().any())]
     note = (
-        "Rows are network evaluations of one image, counted; seconds are those of its request, divided by the images in "
-        "it, whatever else the machine had to do; memory is the GPU's peak."
+        "Rows are network evaluations of one image, counted; seconds are those of its request, divided by the images "
+        "in it, whatever else the machine had to do; memory is the GPU's peak."
     )
     return Drawn("cost", "Cost of an image (as Table 3)", None, data[shown], tuple(shown), note)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -40,12 +39,12 @@ def _environment() -> jinja2.Environment:
     return made
 
 
-def _picture(drawn: Drawn) -> str | None:
+def _picture(drawn: Drawn, folder: Path) -> str | None:
+    """The figure's file, as an address."""
     if drawn.figure is None:
         return None
-    buffer = io.BytesIO()
-    drawn.figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    content = (folder / f"{drawn.name}.png").read_bytes()
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
 
 
 def _table(data: pd.DataFrame | None, columns: Sequence[str]) -> dict[str, Any] | None:
@@ -70,7 +69,9 @@ def report(run: Run, absent: dict[str, str] | None = None) -> tuple[Results, lis
             {
                 "title": drawn.title[:1].upper() + drawn.title[1:],
                 "note": drawn.note,
-                "picture": _picture(drawn),
+                # A figure's inches at the page's size of text.
+                "width": 0 if drawn.figure is None else round(7 * float(drawn.figure.get_figwidth())),
+                "picture": _picture(drawn, folder),
                 "table": _table(drawn.data, drawn.shown),
                 "name": drawn.name,
             }

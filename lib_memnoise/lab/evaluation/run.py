@@ -390,9 +390,10 @@ def _locked(folder: Path) -> FileLock:
 def _differing(mine: Any, asked: Any) -> tuple[str, str]:
     """What two values differ in, shortly."""
     if isinstance(mine, list) and isinstance(asked, list):
-        only = [
-            ", ".join(str(value) for value in a if value not in b) or "nothing more"
-            for a, b in ((mine, asked), (asked, mine))
-        ]
-        return only[0], only[1]
+        only = [[str(value) for value in a if value not in b] for a, b in ((mine, asked), (asked, mine))]
+        had, given = (
+            ", ".join(values[:3]) + (f" and {len(values) - 3} more" if len(values) > 3 else "") or "nothing more"
+            for values in only
+        )
+        return had, given
     return str(mine), str(asked)
