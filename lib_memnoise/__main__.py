@@ -434,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         raise SystemExit("memnoise: there is not enough memory.") from None
     except ModuleNotFoundError as error:
-        extra = "evaluate" if arguments.command.__qualname__.startswith("evaluation") else "demo"
+        extra = "evaluate,demo" if arguments.command.__qualname__.startswith("evaluation") else "demo"
         hint = f'python -m pip install ".[{extra}]" installs what this command needs.'
         raise SystemExit(f"memnoise: the package {error.name} is missing; {hint}") from None
 

@@ -834,7 +834,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     for name in [name for name in sys.modules if name.startswith("lib_memnoise.lab.evaluation")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "yaml", None)
-    with pytest.raises(SystemExit, match=r"the package yaml is missing; .*\[evaluate\]"):
+    with pytest.raises(SystemExit, match=r"the package yaml is missing; .*\[evaluate,demo\]"):
         main(["evaluate", str(tmp_path / "run"), "--plan", "miniature"])
 
 
