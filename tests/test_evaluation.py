@@ -365,7 +365,7 @@ def test_figures_come_from_the_records_alone(copied: Path, capsys: pytest.Captur
 def test_records_for_machines(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(copied, "--json")
     found = json.loads(capsys.readouterr().out)
-    assert {point["curve"] for point in found["points"]} == {"none", "Static", "Adjusted"}
+    assert {point["curve"] for point in found["points"]} == {"none", "Static", "Adjusted", "Decay"}
     assert all(-1 <= point["similarity"] <= 1 for point in found["points"])
     assert {claim["holds"] for claim in found["claims"]} <= {True, False, None}
 
@@ -493,23 +493,23 @@ def killed(folder: Path, plan: Path, after: float) -> subprocess.CompletedProces
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
-    plan, folder = write(tmp_path, {**PLAIN, "first": 12, "images": 6}), tmp_path / "run"
+    plan, folder = write(tmp_path, {**PLAIN, "first": 8, "images": 6}), tmp_path / "run"
     moments = random.Random(5)
-    for _ in range(5):
+    for _ in range(4):
         before = pictures(folder)
         killed(folder, plan, moments.uniform(0, 0.7))
         after = pictures(folder)
         assert all(after[name] == before[name] for name in before), "a picture was made again, or lost"
-        assert len(after) > len(before) or len(after) == 12 * 6 * 3
+        assert len(after) > len(before) or len(after) == 8 * 6 * 3
         for name in after:
             Image.open(folder / name).load()  # whole
     before = pictures(folder)
     evaluate(folder)
     after = pictures(folder)
-    assert all(after[name] == before[name] for name in before) and len(after) == 12 * 6 * 3
+    assert all(after[name] == before[name] for name in before) and len(after) == 8 * 6 * 3
     with Run(folder) as run:
         found = [(point, prompt, image) for point, prompt, image, *_ in run.rows()]
-        assert len(set(found)) == len(found) == run.plan.total == 12 * 6 * 3
+        assert len(set(found)) == len(found) == run.plan.total == 8 * 6 * 3
         assert all(
             unpacked(run.picture(*row[:3])) == Record(**json.loads(row[4])) and row[3] == run.plan.seed_of(*row[1:3])
             for row in run.rows()
@@ -635,7 +635,7 @@ def test_sscd_files_that_are_none(quick: Path, capsys: pytest.CaptureFixture[str
 def test_other_weights_measure_anew(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
-    def measured(source: str, value: float) -> int:
+    def measured(source: str, value: float, options: metrics.Options) -> int:
         count = 0
 
         class Constant:
@@ -651,13 +651,14 @@ def test_other_weights_measure_anew(quick: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setitem(metrics.METRICS, "sscd", metrics.Metric(sscd.label, sscd.role, True, Constant))
         with Run(quick, writing=True) as run:
             run.plan.document["metrics"] = ["sscd"]  # type: ignore[index]
-            assert metrics.measure(run, metrics.Options(), say=said.append) == {}
+            assert metrics.measure(run, options, say=said.append) == {}
             assert {row[4] for row in run.measures() if row[3] == "sscd"} == {value}
         return count
 
-    everything = measured("first", 0.25)
-    assert everything == 12 and measured("first", 0.75 - 0.5) == 0
-    assert measured("second", 0.5) == everything
+    named = metrics.Options(sscd=Path("weights"))
+    assert measured("first", 0.25, named) == 12 and measured("first", 0.25, named) == 0
+    assert measured("second", 0.25, metrics.Options()) == 0  # none is named: what is there stays
+    assert measured("second", 0.5, named) == 12
     assert said == ["sscd is measured anew, with second."]
 
 

@@ -268,8 +268,13 @@ def dask(workers: int, url: str, logs: Path) -> Iterator[tuple[str, list[subproc
             process.wait()
 
 
-def test_a_dask_worker_is_killed(pair: list[Process], plan: Path, tmp_path: Path) -> None:
+def test_a_dask_worker_is_killed(
+    pair: list[Process], plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("distributed")
+    # A loaded machine is slow to start them.
+    monkeypatch.setattr(cluster, "WAIT", 120.0)
+    monkeypatch.setattr(cluster, "CONNECT", 120.0)
     with in_front(pair[0].url) as front, dask(2, front.url, tmp_path) as (address, workers):
 
         def kill() -> None:
@@ -293,7 +298,8 @@ def test_no_dask(
     monkeypatch.setattr(cluster, "WAIT", 1.0)
     monkeypatch.setattr(cluster, "CONNECT", 1.0)
     assert "no Dask scheduler with a worker" in refusal(*run, f"tcp://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(cluster, "WAIT", 30.0)
+    monkeypatch.setattr(cluster, "WAIT", 120.0)
+    monkeypatch.setattr(cluster, "CONNECT", 120.0)
     monkeypatch.setattr(cluster, "LOOK", 0.5)
     with in_front(pair[0].url) as front, dask(1, front.url, tmp_path) as (address, workers):
 
@@ -322,7 +328,7 @@ class Fails:
     """A maker that answers `count` units and then never again."""
 
     def __init__(self, name: str, count: int) -> None:
-        self.name, self.count, self.made = name, count, 0
+        self.name, self.count, self.made, self.in_process = name, count, 0, False
 
     def source(self) -> dict[str, Any]:
         return {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lib_memnoise import __version__
 from lib_memnoise.__main__ import main
 from tests.contract.conftest import Studio, open_host
 from tests.contract.test_scores import score
@@ -37,6 +38,15 @@ def test_calibrate(studio: Studio, address: str, capsys: pytest.CaptureFixture[s
     assert f"threshold {made['threshold']:.4g}" in said(capsys, "calibrate", "--url", address, *GIVEN)
     found = json.loads(said(capsys, "score", "a fox", "--url", address, *GIVEN, "--json"))
     assert found["calibrated"] and found["threshold"] == made["threshold"]
+
+
+def test_what_generates(studio: Studio) -> None:
+    found = studio.host.get("/memnoise/v1/about").json()
+    assert found["memnoise"] == __version__ and found["checkpoint"] == "sd1" and found["parameterization"] == "eps"
+    assert (found["device"], found["dtype"]) == ("cpu", "float32")
+    made = studio.run({"method": "none"})
+    assert (made.info["sd_model_name"], made.info["sd_model_hash"]) == (found["checkpoint"], found["hash"])
+    assert studio.host.post("/memnoise/v1/peak_memory", {}).json() == {"bytes": None}  # no GPU
 
 
 def test_refusals(studio: Studio, address: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ def evaluate(arguments: Namespace) -> None:
         raise OneSentence(
             "with --dask one --url is enough: each worker's own (MEMNOISE_URL on a worker where it differs)."
         )
-    run = Run(arguments.run, writing=True) if plan is None else Run.begin(arguments.run, plan)
-    with run:
+    with _writing(arguments.run):
+        run = Run(arguments.run, writing=True) if plan is None else Run.begin(arguments.run, plan)
+    with run, _writing(arguments.run):
         _, lost = run.settle()
         if lost:
             _say(f"{lost} pictures of the run are gone; they are made again.")
@@ -88,6 +90,17 @@ def evaluate(arguments: Namespace) -> None:
         reasons = sorted(set(told.aside.values()))
         count = sum(unit.count for unit in told.aside)
         raise OneSentence(f"{count} images could not be made; the same command tries again. {reasons[0]}")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """An error of the file system that names no file names the folder: a full disk's does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.strerror is None:
+            raise
+        raise BadRun(f"{folder} cannot be written: {error.strerror}.") from None
 
 
 def _say(line: str) -> None:
@@ -159,7 +172,7 @@ def summary(plan: Plan) -> str:
 
 def figures(arguments: Namespace) -> None:
     """Draw a run's figures and page again, from its records."""
-    with Run(arguments.run) as run:
+    with Run(arguments.run) as run, _writing(arguments.run):
         found, judged, page = report(run)
     print(text(found, judged))
     print(f"\nThe report is {page}.")

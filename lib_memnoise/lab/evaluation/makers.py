@@ -62,6 +62,8 @@ class WebUIMaker:
     def __post_init__(self) -> None:
         self._client = WebUI(self.url, self.auth, patience=self.seconds)
 
+    in_process = False
+
     @property
     def name(self) -> str:
         return self._client.url
@@ -214,6 +216,7 @@ class MiniatureMaker:
     """The miniature, in this process."""
 
     name = "the miniature"
+    in_process = True
 
     def __init__(self, variant: str = "eps") -> None:
         from lib_memnoise.miniature.model import load_miniature

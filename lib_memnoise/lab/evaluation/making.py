@@ -39,6 +39,10 @@ class Maker(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def in_process(self) -> bool:
+        """It computes here: what it is at when all is stopped is waited for."""
+
     def source(self) -> dict[str, Any]:
         """What its images are made by: the checkpoint and versions, which are the same for all of a run.
 
@@ -197,8 +201,9 @@ def make(
             answers.put(error)
         answers.put(None)
 
-    for maker in makers:
-        threading.Thread(target=drive, args=(maker,), daemon=True).start()
+    threads = [threading.Thread(target=drive, args=(maker,), daemon=True) for maker in makers]
+    for thread in threads:
+        thread.start()
     working = len(makers)
     try:
         while working:
@@ -211,6 +216,10 @@ def make(
                 keep(*answer)
     finally:
         shared.stop()
+        # A process that ends while torch computes in it is aborted.
+        for maker, thread in zip(makers, threads):
+            if maker.in_process:
+                thread.join(LONGEST)
     if len(told.gone) == len(makers):
         raise Unanswered(told.gone[-1])
     return told

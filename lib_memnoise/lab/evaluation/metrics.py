@@ -42,7 +42,7 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """Where weights are, and where they run."""
+    """Where weights are, by the metrics' names, and where they run."""
 
     sscd: Path | None = None
     """TorchScript (.pt) or ONNX file of `sscd_disc_mixup`."""
@@ -312,7 +312,9 @@ def measure(
     """
     absent: dict[str, str] = {}
     for name in run.plan.metrics:
-        if next(run.unmeasured(name), None) is None and name in run.metrics:
+        # With weights that are named again, it is looked whether they are the same.
+        named = getattr(options, name, None) != getattr(Options(), name, None)
+        if name in run.metrics and not named and next(run.unmeasured(name), None) is None:
             continue
         try:
             measured = METRICS[name].make(options)
