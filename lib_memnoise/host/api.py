@@ -12,6 +12,7 @@ from modules import devices, shared
 from lib_memnoise import __version__
 from lib_memnoise.calibration import ordinary_prompts
 from lib_memnoise.host import calibrations, scoring
+from lib_memnoise.host.network import network
 from lib_memnoise.host.traces import STORE
 from lib_memnoise.settings import json_schema
 
@@ -69,7 +70,7 @@ def about() -> Any:
     info = getattr(shared.sd_model, "sd_checkpoint_info", None)
     if info is None:
         raise HTTPException(status_code=503, detail="memnoise: no checkpoint is loaded.")
-    weight = next(shared.sd_model.parameters())
+    weight = next(network().unet.parameters())
     return {
         "memnoise": __version__,
         "checkpoint": info.name_for_extra,
