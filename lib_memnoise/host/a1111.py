@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -147,11 +148,23 @@ class CompVis:
     def state(self) -> tuple[Any, ...]:
         """Extensions put functions of their own in these places, and token merging is off during gradients."""
         model = shared.sd_model
+        if self.is_patched():
+            return (object(),)  # like no other
         return (
             model.apply_model,
             model.model.forward,
             model.model.diffusion_model.forward,
             getattr(model, "applied_token_merged_ratio", 0),
+        )
+
+    def is_patched(self) -> bool:
+        # The host's own torch for its U-Nets has nothing of its own but what is put there.
+        own_torch = getattr(sys.modules.get("modules.sd_hijack_unet"), "th", None)
+        if own_torch is not None and vars(own_torch):
+            return True
+        return any(
+            "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+            for module in self.unet.modules()
         )
 
     def is_used(self) -> bool:
@@ -208,7 +221,14 @@ class WrapperGate(Gate):
         """Rows of the step that have been asked for."""
         self._forward = self.inner.forward
         self._own = self.forward
+        self.in_parts = "forward" in vars(self.inner)
         self.inner.forward = self._own
+        if self.in_parts:
+            for report in self.reports:
+                report.note(
+                    "another extension evaluates the network in its own way, in tiles for instance; the magnitude is "
+                    "that of the network without it" + (" and is not traced" if self.tracing else "")
+                )
         self._handover = Handover(self.inner.inner_model, self.answers)
         # Beside the module of this name, which stays where it is.
         self.inner.__dict__["inner_model"] = self._handover

@@ -341,6 +341,10 @@ class Patched:
             id(unet.extra_concat_condition),
         )
 
+    def is_patched(self) -> bool:
+        """Here they are handed to the U-Net, with what it is given."""
+        return False
+
     def is_used(self) -> bool:
         return hasattr(patcher().model_options.get(WRAPPER), "memnoise_inner")
 

@@ -92,6 +92,8 @@ class Gate(abc.ABC):
         self.steps = 0
         self.inner: Any = None
         self.retired = False
+        self.in_parts = False
+        """Another extension asks for parts of rows, so that their native outputs are not known."""
         self.error: Exception | None = None
         self._clear()
         remove(denoiser)
@@ -207,6 +209,10 @@ class Gate(abc.ABC):
         if not off:
             return
         self.cond, self.uncond = self._conditions(denoiser, params, len(step.weights))
+        if self.in_parts and any(self.starts[i].at_transition for i in off):
+            raise RuntimeError(
+                "another extension evaluates the network in its own way, and there is no curve to follow"
+            )
         if step.scale == 0 and any(self.starts[i].opposite for i in off):
             raise RuntimeError("opposite guidance needs a CFG scale other than 0")
         self._off = off
@@ -253,7 +259,7 @@ class Gate(abc.ABC):
     def _ask(self, rows: list[int], x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The host's own network, for these of its rows."""
         out, native = self.evaluate(rows, x, sigma, kwargs)
-        if self.tracing and self.step is not None and self.step.known:
+        if self.tracing and not self.in_parts and self.step is not None and self.step.known:
             self._native.update(zip(rows, native))
             self._trace_guided()
         return out
@@ -289,8 +295,11 @@ class Gate(abc.ABC):
         """Evaluate what images without guidance are given, and see whether it starts in this very step."""
         step = self.step
         assert step is not None
-        watched = [image for image in images if self.tracing or self.starts[image].hears]
-        prompts = [row for image in watched for row in self._rows_of(image)[0]]
+        tracing = self.tracing and not self.in_parts
+        watched = [image for image in images if tracing or self.starts[image].hears]
+        # Functions put into the network may count on the rows that the host has in a call, and on their order.
+        beside = images if network().is_patched() else watched
+        prompts = [row for image in beside for row in self._rows_of(image)[0]]
         others = [self._rows_of(image)[1] for image in images]
         unconditional = self.conditions(select_rows(self.uncond, images), others, unconditional=True)
         conditional = self.conditions(select_rows(self.cond, prompts), prompts, unconditional=False) if prompts else {}
@@ -313,8 +322,8 @@ class Gate(abc.ABC):
             start, (own, last) = self.starts[image], self._rows_of(image)
             self._decided.add(image)
             guided = False
-            if image in watched:
-                at = [prompts.index(row) for row in own]
+            at = [prompts.index(row) for row in own] if image in beside else []
+            if image in watched and not self.in_parts:
                 value = self._magnitude(image, natives[at], native[k])  # type: ignore[arg-type]
                 start.observe(step.t, value)
                 guided = not start.is_off(step.t)

@@ -12,8 +12,10 @@ from torch import Tensor
 from lib_memnoise.checkpointing import checkpointed
 from lib_memnoise.host.network import network
 from lib_memnoise.host.predictor import Predictor
+from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations.outcome import Initial, Outcome, run, run_each
+from lib_memnoise.prediction import magnitude, per_image
 from lib_memnoise.settings import Settings
 
 
@@ -33,6 +35,9 @@ KEPT = {Lean.PLAIN: 85_000, Lean.CHECKPOINTED: 20_000}
 """Numbers kept for the backward pass, for each row and each pixel of the latent, in a U-Net of SD 1.4's shape
 (`benchmarks/gradient.py kept`; checkpointed: 6,500, and the block that is evaluated again). Others differ; where this
 is too low, running out of memory is what tells."""
+
+GRADIENT_TOLERANCE = 0.2
+"""How far a difference quotient may be from the gradient's length, which it is not exactly even in float32."""
 
 
 def free_memory(device: torch.device) -> float:
@@ -62,7 +67,35 @@ def run_leanly(x: Tensor, delta: Predictor, settings: Settings, initial: Initial
     What an attempt evaluated stays counted. Raises what the leanest attempt raises.
     """
     with network().gradients():
-        return _run_leanly(x.clone(), delta.cloned(), settings, initial)
+        x, delta = x.clone(), delta.cloned()
+        if network().is_patched():
+            raise_if_wrong(x, delta)
+        return _run_leanly(x, delta, settings, initial)
+
+
+def raise_if_wrong(x: Tensor, delta: Predictor) -> None:
+    """Compare the gradient of ‖Δ‖ with a finite difference along it, a hundredth of the noise's length each way.
+
+    Raises:
+        Unsupported: they differ, or there is no gradient.
+    """
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        size = magnitude(delta(leaf))
+        if not size.requires_grad:
+            raise Unsupported("another extension's functions in the network give no gradient")
+        (gradient,) = torch.autograd.grad(size.sum(), leaf)
+    steep = magnitude(gradient)
+    h = magnitude(x) / 100
+    way = gradient * per_image(h / steep.clamp_min(1e-30))
+    with torch.no_grad():
+        slope = (magnitude(delta(x + way)) - magnitude(delta(x - way))) / (2 * h)
+    if not torch.allclose(slope, steep, rtol=GRADIENT_TOLERANCE, atol=0):
+        worst = int((slope / steep - 1).abs().argmax())
+        raise Unsupported(
+            "another extension's functions in the network give a wrong gradient: "
+            f"{float(steep[worst]):.3g} where the difference quotient is {float(slope[worst]):.3g}"
+        )
 
 
 def _run_leanly(x: Tensor, delta: Predictor, settings: Settings, initial: Initial) -> Outcome:

@@ -65,6 +65,13 @@ class Network(Protocol):
     def state(self) -> tuple[Any, ...]:
         """What besides its input an answer depends on: equal states, equal answers."""
 
+    def is_patched(self) -> bool:
+        """Whether other extensions have put functions of their own into the network.
+
+        What it answers may then depend on the step, on the rows beside or on the number of calls, and its gradient
+        may be wrong.
+        """
+
     def is_used(self) -> bool:
         """Whether the network at hand carries an earlier pass's gate, and another will be sampled with."""
 

@@ -142,9 +142,18 @@ class Witness(scripts.Script):
     def ui(self, is_img2img):
         return [gr.Textbox("", visible=False, label="settings"), gr.Textbox("", visible=False, label="fault")]
 
+    put = None
+    """The function that stands for the network's, and what it is put into."""
+
+    def take_back(self):
+        if self.put is not None:
+            model, function = self.put
+            if model.__dict__.get("apply_model") is function:
+                del model.__dict__["apply_model"]
+
     def process_batch(self, p, settings, fault, **kwargs):
         model = patched() or shared.sd_model
-        model.__dict__.pop("apply_model", None)
+        self.take_back()
         self.weights = [(weight, weight.requires_grad) for weight in self.all_weights()]
         if not fault:
             return
@@ -168,6 +177,7 @@ class Witness(scripts.Script):
             return out * float("nan") if fault == "nan" else out
 
         model.__dict__["apply_model"] = apply_model
+        self.put = model, apply_model
 
     def all_weights(self):
         return list((patched() or shared.sd_model.model).parameters())
@@ -175,7 +185,7 @@ class Witness(scripts.Script):
     def process_before_every_sampling(self, p, settings, fault, *, x, noise, c, uc, **kwargs):
         if getattr(p, "is_hr_pass", False):
             return
-        (patched() or shared.sd_model).__dict__.pop("apply_model", None)
+        self.take_back()
         if settings:
             seconds = hasattr(p, "init_images")
             left = getattr(p, "modified_noise", None)  # where the host has a place for it
