@@ -36,8 +36,8 @@ KEPT = {Lean.PLAIN: 85_000, Lean.CHECKPOINTED: 20_000}
 (`benchmarks/gradient.py kept`; checkpointed: 6,500, and the block that is evaluated again). Others differ; where this
 is too low, running out of memory is what tells."""
 
-GRADIENT_TOLERANCE = 0.2
-"""How far a difference quotient may be from the gradient's length, which it is not exactly even in float32."""
+GRADIENT_TOLERANCE = 0.05
+"""How far a difference quotient may be from the gradient's length; with the tests' checkpoints they are 0.1 % apart."""
 
 
 def free_memory(device: torch.device) -> float:
@@ -67,10 +67,7 @@ def run_leanly(x: Tensor, delta: Predictor, settings: Settings, initial: Initial
     What an attempt evaluated stays counted. Raises what the leanest attempt raises.
     """
     with network().gradients():
-        x, delta = x.clone(), delta.cloned()
-        if network().is_patched():
-            raise_if_wrong(x, delta)
-        return _run_leanly(x, delta, settings, initial)
+        return _run_leanly(x.clone(), delta.cloned(), settings, initial)
 
 
 def raise_if_wrong(x: Tensor, delta: Predictor) -> None:
@@ -83,8 +80,15 @@ def raise_if_wrong(x: Tensor, delta: Predictor) -> None:
         leaf = x.detach().requires_grad_()
         size = magnitude(delta(leaf))
         if not size.requires_grad:
-            raise Unsupported("another extension's functions in the network give no gradient")
-        (gradient,) = torch.autograd.grad(size.sum(), leaf)
+            raise Unsupported("another extension's functions in the network have no gradient")
+        try:
+            (gradient,) = torch.autograd.grad(size.sum(), leaf)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            # Operations in place, for instance.
+            reason = str(error).split(":")[0]
+            raise Unsupported(f"another extension's functions in the network have no gradient: {reason}") from error
     steep = magnitude(gradient)
     h = magnitude(x) / 100
     way = gradient * per_image(h / steep.clamp_min(1e-30))
@@ -102,9 +106,13 @@ def _run_leanly(x: Tensor, delta: Predictor, settings: Settings, initial: Initia
     lean = first_attempt(x, delta.rows, free_memory(x.device))
     last = Lean.ONE_BY_ONE if x.shape[0] > 1 else Lean.CHECKPOINTED
     lean = min(lean, last)
+    doubted = network().is_patched()
     while True:
         try:
             with checkpointed(network().unet) if lean else contextlib.nullcontext():
+                if doubted:
+                    raise_if_wrong(x, delta)
+                    doubted = False
                 way = run_each if lean is Lean.ONE_BY_ONE else run
                 outcome = way(x, delta, settings, initial)
             if lean:

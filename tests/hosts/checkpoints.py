@@ -34,6 +34,10 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "sd1-inpainting": {"seed": 4, "in_channels": 9},
     "sdxl": {"seed": 5, "sdxl": True},
 }
+WIDE: dict[str, dict[str, Any]] = {
+    "sd1-wide": {"seed": 6, "parameterization": "v", "text_share": 0.2, "wide": True},
+}
+"""The U-Net has SD 1's own widths, which some extensions insist on (3.4 GB in memory); made only where it is named."""
 
 
 def make_checkpoints(folder: Path, webui_dir: Path, python: Path, names: tuple[str, ...] = ()) -> dict[str, Path]:
@@ -69,9 +73,9 @@ def make_checkpoints(folder: Path, webui_dir: Path, python: Path, names: tuple[s
 
 def config(name: str, clip: Path) -> dict[str, Any]:
     """The model's configuration, as the host's loader expects it beside the weights."""
-    kind = CHECKPOINTS[name]
+    kind = {**CHECKPOINTS, **WIDE}[name]
     in_channels = kind.get("in_channels", 4)
-    unet = {
+    unet: dict[str, Any] = {
         "in_channels": in_channels,
         "out_channels": 4,
         # Two channels a group in GroupNorm32: what _pass_input_through needs.
@@ -152,6 +156,14 @@ def config(name: str, clip: Path) -> dict[str, Any]:
         return {"model": {"target": "sgm.models.diffusion.DiffusionEngine", "params": params}}
 
     unet.update(image_size=32, num_heads=2)
+    if kind.get("wide"):
+        unet.update(
+            model_channels=320,
+            attention_resolutions=[4, 2, 1],
+            num_res_blocks=2,
+            channel_mult=[1, 2, 4, 4],
+            num_heads=8,
+        )
     params = {
         "linear_start": 0.00085,
         "linear_end": 0.012,
@@ -336,7 +348,7 @@ def build(name: str, folder: Path, clip: Path) -> str:
     import torch
     from safetensors.torch import save_file
 
-    kind = CHECKPOINTS[name]
+    kind = {**CHECKPOINTS, **WIDE}[name]
     spec = config(name, clip)
     torch.manual_seed(kind["seed"])
     model = _instantiate(spec["model"]).eval()
@@ -352,14 +364,15 @@ def build(name: str, folder: Path, clip: Path) -> str:
         _pass_input_through(unet, 0.0 if is_v else 1.0)
         _calibrate_autoencoder(model.first_stage_model, scale_factor)
 
-        x = torch.randn(4, 4, 16, 16)
+        side = 8 if kind.get("wide") else 16
+        x = torch.randn(4, 4, side, side)
         t = torch.tensor([981, 661, 341, 21])
 
         def condition(prompt: str) -> dict[str, Any]:
             if not sdxl:
                 cond = {"c_crossattn": [model.get_learned_conditioning([prompt] * 4)]}
                 if kind.get("in_channels") == 9:
-                    cond["c_concat"] = [torch.cat([torch.ones(4, 1, 16, 16), torch.zeros(4, 4, 16, 16)], 1)]
+                    cond["c_concat"] = [torch.cat([torch.ones(4, 1, side, side), torch.zeros(4, 4, side, side)], 1)]
                 return cond
             size = torch.tensor([[128.0, 128.0]] * 4)
             return model.conditioner(
@@ -386,7 +399,12 @@ def build(name: str, folder: Path, clip: Path) -> str:
 
     file = folder / f"{name}.safetensors"
     partial = folder / f".{name}.partial"
-    save_file({key: v.detach().clone().contiguous() for key, v in model.state_dict().items()}, partial)
+    dtype = torch.float16 if kind.get("wide") else torch.float32
+    weights = {
+        key: v.detach().to(dtype if v.is_floating_point() else v.dtype, copy=True).contiguous()
+        for key, v in model.state_dict().items()
+    }
+    save_file(weights, partial)
     # JSON is YAML; and the weights come last, since a file that exists counts as complete.
     file.with_suffix(".yaml").write_text(json.dumps(spec, indent=1), encoding="utf-8")
     partial.replace(file)
