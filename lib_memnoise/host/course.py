@@ -34,6 +34,7 @@ from lib_memnoise.host.refusals import Interrupted, Unsupported, fails, keep_fai
 from lib_memnoise.host.rows import Cond
 from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations import METHODS
+from lib_memnoise.mitigations.descent import NoGradient
 from lib_memnoise.mitigations.outcome import Initial, Outcome, Scored, choose, run, run_some
 from lib_memnoise.settings import INFOTEXT, Settings, preset_for, size_factor, to_infotext
 
@@ -309,7 +310,7 @@ def fail(p: Any, generation: Generation, reports: list[ImageReport], error: Exce
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if is_out_of_memory(error):
         reason = "out of memory while adjusting the noise"
-    if not isinstance(error, Unsupported):
+    if not isinstance(error, (Unsupported, NoGradient)):
         errors.report("memnoise: the noise could not be adjusted", exc_info=True)
     for report in reports:
         if not report.left_alone:

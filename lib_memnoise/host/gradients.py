@@ -14,6 +14,7 @@ from lib_memnoise.host.network import network
 from lib_memnoise.host.predictor import Predictor
 from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.memory import is_out_of_memory
+from lib_memnoise.mitigations.descent import NoGradient, gradients
 from lib_memnoise.mitigations.outcome import Initial, Outcome, run, run_each
 from lib_memnoise.prediction import magnitude, per_image
 from lib_memnoise.settings import Settings
@@ -75,14 +76,14 @@ def raise_if_wrong(x: Tensor, delta: Predictor) -> None:
 
     Raises:
         Unsupported: they differ, or there is no gradient.
+        NoGradient: it can only be evaluated.
     """
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        size = magnitude(delta(leaf))
-        if not size.requires_grad:
-            raise Unsupported("another extension's functions in the network have no gradient")
         try:
-            (gradient,) = torch.autograd.grad(size.sum(), leaf)
+            (gradient,) = gradients(magnitude(delta(leaf)), [leaf])
+        except NoGradient:
+            raise
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise

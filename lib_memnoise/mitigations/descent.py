@@ -16,6 +16,10 @@ Loss = Callable[[list[Tensor], list[int]], Tensor]
 """`loss(variables, images)`: `(n,)`, of the images of these indices, each with its variable."""
 
 
+class NoGradient(RuntimeError):
+    """The network can only be evaluated."""
+
+
 class Descent(NamedTuple):
     """Where a descent ended. All but `best` are `(B,)`; `before` and `after` are losses, `after` that of `best`."""
 
@@ -30,10 +34,10 @@ def gradients(loss: Tensor, variables: Sequence[Tensor]) -> list[Tensor]:
     """∂loss[i]/∂variables[i] for every image; each loss depends on its own variable alone.
 
     Raises:
-        RuntimeError: the loss carries no gradient (for instance an inference-only network).
+        NoGradient: the loss carries no gradient (for instance an inference-only network).
     """
     if not loss.requires_grad:
-        raise RuntimeError("the network gave no gradient")
+        raise NoGradient("the network gave no gradient")
     # Summed over images, each keeps its own gradient.
     with torch.enable_grad():
         total = LOSS_SCALE * loss.sum()

@@ -74,10 +74,13 @@ REGIONS = "a red fox in the snow BREAK a blue barn"
 
 USES = [
     Use("adetailer", "adetailer", [True, False, {"ad_model": "anything.pt", "ad_mask_k": 1}], "ADetailer model",
-        own_prompt=True),
+        payload={"steps": 8}, own_prompt=True),
     Use("sd-webui-controlnet", "controlnet",
         [{"enabled": True, "module": "none", "model": "anything", "weight": 0.5, "image": encode_image(PICTURE)}],
         "ControlNet 0", checkpoint="sd1-wide", gradient="wrong gradient"),
+    Use("sd-webui-controlnet", "controlnet",
+        [{"enabled": True, "module": "reference_only", "image": encode_image(PICTURE)}],
+        "ControlNet 0", "reference", checkpoint="sd1-wide", gradient="no gradient"),
     Use("sd-dynamic-thresholding", "dynamic thresholding (cfg scale fix)",
         {"Enable Dynamic Thresholding (CFG Scale Fix)": True, "Mimic CFG Scale": 3}, "Dynamic thresholding enabled",
         payload={"sampler_name": "Euler", "scheduler": "Simple"}, samplers=("Euler", "Euler a")),
@@ -89,7 +92,7 @@ USES = [
     Use("sd-webui-neutral-prompt", "neutral prompt", [0.5], "CFG Rescale phi: 0.5",
         payload={"prompt": "a red fox in the snow AND_PERP a blue barn :0.8"}),
     Use("sd-webui-freeu", "freeu", {"Enable": True}, "FreeU Stages", payload={"width": 128, "height": 128},
-        checkpoint="sd1-wide"),
+        checkpoint="sd1-wide", gradient="no gradient"),
     Use("multidiffusion-upscaler-for-automatic1111", "tiled diffusion", TILES, "Tiled Diffusion", "MultiDiffusion",
         payload={"width": 192, "height": 192}, outside=True),
     Use("multidiffusion-upscaler-for-automatic1111", "tiled diffusion", {**TILES, "Method": "Mixture of Diffusers"},
@@ -298,7 +301,7 @@ def test_nothing_stale_is_handed_over(beside: Beside) -> None:
     assert close(short.pictures[0], evaluated.pictures[0]) < ROUNDING
     for run in (evaluated, short):
         points = beside.host.get(f"/memnoise/v1/trace/{run.read('Memnoise trace id')}").json()["images"][0]["points"]
-        assert len(points) == (0 if use.outside else 3)
+        assert len(points) == (0 if use.outside else beside.payload()["steps"])
 
 
 def test_batches_samplers_and_a_plot(beside: Beside) -> None:
