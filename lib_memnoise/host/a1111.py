@@ -162,9 +162,11 @@ class CompVis:
         own_torch = getattr(sys.modules.get("modules.sd_hijack_unet"), "th", None)
         if own_torch is not None and vars(own_torch):
             return True
-        return any(
-            "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
-            for module in self.unet.modules()
+        modules = list(self.unet.modules())
+        hooks = [hook for m in modules for kind in (m._forward_hooks, m._forward_pre_hooks) for hook in kind.values()]
+        return any("forward" in vars(module) for module in modules) or any(
+            not getattr(hook, "__module__", "").startswith("modules.")  # those are the host's own
+            for hook in hooks
         )
 
     def is_used(self) -> bool:
