@@ -148,7 +148,7 @@ class CompVis:
     def state(self) -> tuple[Any, ...]:
         """Extensions put functions of their own in these places, and token merging is off during gradients."""
         model = shared.sd_model
-        if self.is_patched():
+        if self.is_doubtful():
             return (object(),)  # like no other
         return (
             model.apply_model,
@@ -158,16 +158,18 @@ class CompVis:
         )
 
     def is_patched(self) -> bool:
-        # The host's own torch for its U-Nets has nothing of its own but what is put there.
-        own_torch = getattr(sys.modules.get("modules.sd_hijack_unet"), "th", None)
-        if own_torch is not None and vars(own_torch):
-            return True
         modules = list(self.unet.modules())
         hooks = [hook for m in modules for kind in (m._forward_hooks, m._forward_pre_hooks) for hook in kind.values()]
-        return any("forward" in vars(module) for module in modules) or any(
-            not getattr(hook, "__module__", "").startswith("modules.")  # those are the host's own
-            for hook in hooks
-        )
+        # Some put a module's own `forward` back as its attribute; and the host has hooks too.
+        return any(
+            "forward" in vars(module) and getattr(module.forward, "__func__", None) is not type(module).forward
+            for module in modules
+        ) or any(not getattr(hook, "__module__", "").startswith("modules.") for hook in hooks)
+
+    def is_doubtful(self) -> bool:
+        # The host's own torch for its U-Nets has nothing of its own but what is put there.
+        own_torch = getattr(sys.modules.get("modules.sd_hijack_unet"), "th", None)
+        return self.is_patched() or (own_torch is not None and bool(vars(own_torch)))
 
     def is_used(self) -> bool:
         return False

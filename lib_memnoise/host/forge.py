@@ -345,6 +345,9 @@ class Patched:
         """Here they are handed to the U-Net, with what it is given."""
         return False
 
+    def is_doubtful(self) -> bool:
+        return False
+
     def is_used(self) -> bool:
         return hasattr(patcher().model_options.get(WRAPPER), "memnoise_inner")
 

@@ -107,7 +107,7 @@ def _run_leanly(x: Tensor, delta: Predictor, settings: Settings, initial: Initia
     lean = first_attempt(x, delta.rows, free_memory(x.device))
     last = Lean.ONE_BY_ONE if x.shape[0] > 1 else Lean.CHECKPOINTED
     lean = min(lean, last)
-    doubted = network().is_patched()
+    doubted = network().is_doubtful()
     while True:
         try:
             with checkpointed(network().unet) if lean else contextlib.nullcontext():

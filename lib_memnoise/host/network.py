@@ -68,9 +68,11 @@ class Network(Protocol):
     def is_patched(self) -> bool:
         """Whether other extensions have put functions of their own into the network.
 
-        What it answers may then depend on the step, on the rows beside or on the number of calls, and its gradient
-        may be wrong.
+        These may count on the rows that the host has in a call, and on the order of calls.
         """
+
+    def is_doubtful(self) -> bool:
+        """Whether other extensions change what it computes: by the step for instance, or without a right gradient."""
 
     def is_used(self) -> bool:
         """Whether the network at hand carries an earlier pass's gate, and another will be sampled with."""

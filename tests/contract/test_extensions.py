@@ -139,7 +139,8 @@ class Beside:
         return scripts
 
     def payload(self, **changed: Any) -> dict[str, Any]:
-        common = {"prompt": "a red fox in the snow", "seed": 7, "steps": 3, "cfg_scale": 6, "sampler_name": "DDIM"}
+        steps = 3 if self.use.checkpoint == "sd1" else 2
+        common = {"prompt": "a red fox in the snow", "seed": 7, "steps": steps, "cfg_scale": 6, "sampler_name": "DDIM"}
         return {**common, "width": 64, "height": 64, **self.use.payload, **changed}
 
     def run(self, memnoise: dict[str, Any] | None = None, *, active: bool = True, **changed: Any) -> Run:

@@ -29,7 +29,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"randn_source": "CPU"},
 )
 FAULTS = ("out of memory", "error", "nan", "out of memory 1 times", "interrupt", "skip")
-MOST_GROWN = 100e6
+MOST_GROWN = 150e6
 """Bytes; allocators keep some."""
 
 
