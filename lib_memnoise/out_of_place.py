@@ -71,10 +71,3 @@ def out_of_place(unet: nn.Module) -> Iterator[None]:
 def _within(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with OutOfPlace():
         return forward(*args, **kwargs)
-
-
-def underneath(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """What stands behind `out_of_place`, if that is there."""
-    if isinstance(forward, functools.partial) and forward.func is _within:
-        return forward.args[0]  # type: ignore[no-any-return]
-    return forward

@@ -11,11 +11,29 @@ from torch import nn
 _NOTHING = object()
 
 
+class StandIn:
+    """A function in the place of a module's `forward`; knows what was there before."""
+
+    def __init__(self, function: Callable[..., Any], before: Callable[..., Any]) -> None:
+        self.function = function
+        self.before = before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def original(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """What is behind stand-ins, if there are any."""
+    while isinstance(forward, StandIn):
+        forward = forward.before
+    return forward
+
+
 @contextlib.contextmanager
 def standing_in(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """Within, `function` answers for the module. Whatever stood there before stands there again afterwards."""
     before = module.__dict__.get("forward", _NOTHING)
-    module.__dict__["forward"] = function
+    module.__dict__["forward"] = StandIn(function, module.forward)
     try:
         yield
     finally:

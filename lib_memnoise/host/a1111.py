@@ -16,6 +16,7 @@ from lib_memnoise.host.gate import Gate, Step
 from lib_memnoise.host.handover import Handover
 from lib_memnoise.host.network import Composition, Conditions, Evaluated, joined, tokens
 from lib_memnoise.host.rows import Cond, select_rows
+from lib_memnoise.stand_in import original
 
 
 def conditioning(text: Cond, image: Tensor, *, unconditional: bool) -> Conditions:
@@ -153,7 +154,7 @@ class CompVis:
         return (
             model.apply_model,
             model.model.forward,
-            model.model.diffusion_model.forward,
+            original(model.model.diffusion_model.forward),
             getattr(model, "applied_token_merged_ratio", 0),
         )
 
@@ -162,9 +163,8 @@ class CompVis:
         hooks = [hook for m in modules for kind in (m._forward_hooks, m._forward_pre_hooks) for hook in kind.values()]
         # Some put a module's own `forward` back as its attribute; and the host has hooks too.
         return any(
-            "forward" in vars(module) and getattr(module.forward, "__func__", None) is not type(module).forward
-            for module in modules
-        ) or any(not getattr(hook, "__module__", "").startswith("modules.") for hook in hooks)
+            getattr(original(module.forward), "__func__", None) is not type(module).forward for module in modules
+        ) or any(not str(getattr(hook, "__module__", "")).startswith(("modules.", "lib_memnoise.")) for hook in hooks)
 
     def is_doubtful(self) -> bool:
         # The host's own torch for its U-Nets has nothing of its own but what is put there.
@@ -242,7 +242,10 @@ class WrapperGate(Gate):
         if self.inner is None:
             return
         if self.inner.forward is self._own:
-            self.inner.forward = self._forward
+            if self.in_parts:
+                self.inner.forward = self._forward
+            else:
+                del self.inner.__dict__["forward"]
         if self.inner.__dict__.get("inner_model") is self._handover:
             del self.inner.__dict__["inner_model"]
         self.retired = True

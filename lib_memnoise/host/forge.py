@@ -26,8 +26,9 @@ from lib_memnoise.host.network import Composition, Conditions, Evaluated
 from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.host.rows import Cond
 from lib_memnoise.normal_tensors import normal_tensors
-from lib_memnoise.out_of_place import out_of_place, underneath
+from lib_memnoise.out_of_place import out_of_place
 from lib_memnoise.prediction import per_image
+from lib_memnoise.stand_in import original
 
 WRAPPER = "model_function_wrapper"
 """The U-Net's option: a function that stands in front of the network."""
@@ -335,7 +336,7 @@ class Patched:
         return (
             id(unet.model),
             unet.model.apply_model,
-            underneath(unet.model.diffusion_model.forward),
+            original(unet.model.diffusion_model.forward),
             fingerprint(options_of(unet)),
             id(unet.controlnet_linked_list),
             id(unet.extra_concat_condition),
