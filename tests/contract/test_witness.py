@@ -239,8 +239,21 @@ def test_out_of_memory_is_tried_again_leaner(studio: Studio, batch: int, calls: 
             assert used.split("gradient=")[1].split()[0] == (
                 "checkpointed" if calls == 1 else "checkpointed,_one_image_at_a_time"
             )
-            # What the sampler asks first is handed over all the same.
-            assert run.number("rows", image) == mitigated.number("rows", image)
+
+
+@pytest.mark.parametrize("lean", [1, 2])
+def test_what_was_checkpointed_is_handed_over_too(studio: Studio, monkeypatch: pytest.MonkeyPatch, lean: int) -> None:
+    if studio.is_real:
+        pytest.skip("memory is not short there")
+    plain = studio.run(PER_SAMPLE, batch_size=2)
+    from lib_memnoise.host import gradients
+
+    monkeypatch.setattr(gradients, "first_attempt", lambda *args: gradients.Lean(lean))
+    run = studio.run(PER_SAMPLE, batch_size=2)
+    for image in range(2):
+        assert "gradient=checkpointed" in (run.read("Memnoise used", image) or "")
+        assert run.number("rows", image) == plain.number("rows", image)
+        assert close(run.pictures[image], plain.pictures[image]) < ROUNDING
 
 
 @pytest.mark.parametrize("method", ["batch_wise", "per_sample"])
