@@ -139,8 +139,7 @@ class Beside:
         return scripts
 
     def payload(self, **changed: Any) -> dict[str, Any]:
-        steps = 3 if self.use.checkpoint == "sd1" else 2
-        common = {"prompt": "a red fox in the snow", "seed": 7, "steps": steps, "cfg_scale": 6, "sampler_name": "DDIM"}
+        common = {"prompt": "a red fox in the snow", "seed": 7, "steps": 3, "cfg_scale": 6, "sampler_name": "DDIM"}
         return {**common, "width": 64, "height": 64, **self.use.payload, **changed}
 
     def run(self, memnoise: dict[str, Any] | None = None, *, active: bool = True, **changed: Any) -> Run:
@@ -275,7 +274,7 @@ def test_the_prompt_is_not_heard_before_guidance_starts(beside: Beside) -> None:
 
 @check_log
 def test_the_gradient_is_right_or_refused(beside: Beside) -> None:
-    use, run = beside.use, beside.run(ONE_STEP, slope=[str(ONE_STEP["lr"])], steps=2)
+    use, run = beside.use, beside.run(ONE_STEP, slope=[str(ONE_STEP["lr"])])
     failed, (finite, differentiated, apart) = run.read("Memnoise failed"), str(run.read("Slope")).split()
     if use.gradient:
         assert use.gradient in str(failed)
