@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from fastapi import Body, HTTPException
-from modules import devices, shared
+from modules import call_queue, devices, shared
 
 from lib_memnoise import __version__
 from lib_memnoise.calibration import ordinary_prompts
 from lib_memnoise.host import calibrations, scoring
-from lib_memnoise.host.network import network
+from lib_memnoise.host.network import load_checkpoint, loads_late, network
 from lib_memnoise.host.traces import STORE
 from lib_memnoise.settings import json_schema
 
@@ -67,6 +67,9 @@ def listed() -> Any:
 
 def about() -> Any:
     """`GET /memnoise/v1/about`: what generates here."""
+    if loads_late():
+        with call_queue.queue_lock:
+            load_checkpoint()
     info = getattr(shared.sd_model, "sd_checkpoint_info", None)
     if info is None:
         raise HTTPException(status_code=503, detail="memnoise: no checkpoint is loaded.")

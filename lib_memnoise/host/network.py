@@ -6,12 +6,13 @@ calls the checkpoint's `apply_model`; hosts whose checkpoint has `forge_objects`
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from modules import shared
+from modules import sd_models, shared
 from torch import Tensor, nn
 
 from lib_memnoise.host.first_step import FirstStep
@@ -96,6 +97,18 @@ def network() -> Network:
     from lib_memnoise.host import a1111
 
     return a1111.NETWORK
+
+
+def loads_late() -> bool:
+    """Whether the host loads the chosen checkpoint only when it generates, as Forge does."""
+    return hasattr(sd_models, "forge_model_reload")
+
+
+def load_checkpoint() -> None:
+    """Load the chosen checkpoint where that is not done yet; the caller holds the host's queue."""
+    if loads_late():
+        with contextlib.suppress(ValueError):  # there is none to choose
+            sd_models.forge_model_reload()
 
 
 def tokens(cond: Cond) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from modules import call_queue, processing, sd_samplers, shared
+from modules import call_queue, processing, scripts, sd_samplers, shared
 from torch import Tensor
 
 from lib_memnoise import calibration
@@ -23,7 +23,7 @@ from lib_memnoise.generation import ImageReport
 from lib_memnoise.host import calibrations, words
 from lib_memnoise.host.course import EmptyPrompt, checkpoint_preset, left_as_it_was, raise_if_unsupported
 from lib_memnoise.host.gradients import Lean, first_attempt, free_memory
-from lib_memnoise.host.network import network
+from lib_memnoise.host.network import load_checkpoint, network
 from lib_memnoise.host.predictor import Predictor, make_predictor
 from lib_memnoise.host.refusals import Interrupted, Unsupported
 from lib_memnoise.prediction import magnitude
@@ -194,6 +194,7 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
 
 
 def raise_if_nothing_to_score() -> None:
+    load_checkpoint()
     if getattr(shared.sd_model, "sd_checkpoint_info", None) is None:
         raise BadRequest("memnoise: no checkpoint is loaded.")
     raise_if_unsupported(Settings())
@@ -238,7 +239,7 @@ def run_probe(request: Request, prompts: Sequence[str], seeds: Sequence[int]) ->
     count = max(len(prompts), len(seeds))
     seeds = [processing.get_fixed_seed(seed) for seed in seeds]
     p = make_processing(Probe, request, list(prompts) * (count if len(prompts) == 1 else 1), seeds)
-    p.scripts = None
+    p.scripts, p.script_args = scripts.ScriptRunner(), []  # none at all: reForge asks it, so that it has to be there
     p.scored, p.wants_words = [], request.words
     if shared.state.interrupted or shared.state.skipped:
         raise Stopped("memnoise: interrupted.")
