@@ -94,7 +94,6 @@ DDCONFIG = {
     "attn_resolutions": [],
     "dropout": 0.0,
 }
-SCALE = 0.18215
 
 
 def make_checkpoints(folder: Path, webui_dir: Path, python: Path) -> None:
@@ -123,46 +122,14 @@ def make_checkpoints(folder: Path, webui_dir: Path, python: Path) -> None:
         raise RuntimeError(f"building {', '.join(missing)} failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
 
 
-def config(kind: dict[str, Any]) -> dict[str, Any]:
-    """What reForge reads as the model's configuration; Forge reads only ``parameterization`` from it."""
-    channels = kind.get("in_channels", 4)
-    params: dict[str, Any] = {
-        "linear_start": 0.00085,
-        "linear_end": 0.012,
-        "num_timesteps_cond": 1,
-        "log_every_t": 200,
-        "timesteps": 1000,
-        "first_stage_key": "jpg",
-        "cond_stage_key": "txt",
-        "image_size": 64,
-        "channels": 4,
-        "cond_stage_trainable": False,
-        "conditioning_key": "crossattn",
-        "monitor": "val/loss_simple_ema",
-        "scale_factor": SCALE,
-        "use_ema": False,
-        "unet_config": {
-            "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-            "params": {**UNET, "in_channels": channels},
-        },
-        "first_stage_config": {
-            "target": "ldm.models.autoencoder.AutoencoderKL",
-            "params": {
-                "embed_dim": 4,
-                "monitor": "val/rec_loss",
-                "ddconfig": DDCONFIG,
-                "lossconfig": {"target": "torch.nn.Identity"},
-            },
-        },
-        "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"},
-    }
-    target = "ldm.models.diffusion.ddpm.LatentDiffusion"
-    if "parameterization" in kind:
-        params["parameterization"] = kind["parameterization"]
-    if channels == 9:
-        target = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"
-        params.update(conditioning_key="hybrid", finetune_keys=None)
-    return {"model": {"target": target, "params": params}}
+def config(name: str) -> dict[str, Any]:
+    """What reForge reads as the model's configuration; Forge reads only `parameterization` from it."""
+    spec = checkpoints.config("sd1" if CHECKPOINTS[name].get("sdxl") else name, Path())
+    params = spec["model"]["params"]
+    params["unet_config"]["params"] = {**UNET, "in_channels": CHECKPOINTS[name].get("in_channels", 4)}
+    params["first_stage_config"]["params"]["ddconfig"] = DDCONFIG
+    params["cond_stage_config"] = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}
+    return spec
 
 
 # Ten channels are one group of the last GroupNorm: the first four groups carry the input, a pair (x, -x) each.
@@ -254,9 +221,9 @@ def build(name: str, folder: Path) -> str:
 
     kind = CHECKPOINTS[name]
     sdxl = bool(kind.get("sdxl"))
-    spec = config(kind)
+    spec = config(name)
     params = spec["model"]["params"]
-    scale = 0.13025 if sdxl else SCALE
+    scale = 0.13025 if sdxl else params["scale_factor"]
     torch.manual_seed(kind["seed"])
     with torch.no_grad():
         if sdxl:
