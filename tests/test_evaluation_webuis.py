@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import signal
@@ -200,7 +201,7 @@ def test_refusals(pair: list[Process], plan: Path, tmp_path: Path, monkeypatch: 
     assert "is no address of a WebUI" in refusal(*run, "webui")
     with Process("sd1", "--without-memnoise") as bare:
         assert "has no memnoise" in refusal(*run, bare.url)
-    monkeypatch.setattr("lib_memnoise.lab.evaluation.makers.__version__", "9.9.9")
+    monkeypatch.setattr(importlib.import_module("lib_memnoise.lab.evaluation.makers"), "__version__", "9.9.9")
     assert "has memnoise 0.1.0; this is 9.9.9" in refusal(*run, pair[0].url)
     assert not list((tmp_path / "run").rglob("*.png"))
 
