@@ -141,6 +141,8 @@ PROMPTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_every_prompt(studio: Studio, sampler: str, prompt: str) -> None:
     payload = {"sampler_name": sampler, "scheduler": "Simple", **PROMPTS[prompt]}
+    if studio.is_fork and "CFG++" in sampler and prompt in ("CFG 1", "NGMS", "NGMS all", "skip early"):
+        pytest.skip("the host's own CFG++ follows zeros where it leaves the unconditional rows out")
     with studio.options(payload.pop("options", {})):
         check_prompt(studio, payload)
 
