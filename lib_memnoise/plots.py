@@ -1,6 +1,7 @@
 """Pictures of traces: ‖Δ(x_t, t)‖ along the trajectory, as in the paper's Figures 2, 3, 9 and 10.
 
-Nothing here is imported before a plot is asked for: altair and matplotlib are heavy, and come with gradio.
+Nothing here is imported before a plot is asked for: altair and matplotlib are heavy. gradio 3 brings both, gradio 4 the
+latter.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ def marks(trace: Mapping[str, Any]) -> list[tuple[float, str]]:
 
 
 def chart(trace: Mapping[str, Any]) -> Any:
-    """An interactive altair chart; None where nothing was traced."""
-    import altair as alt
+    """An interactive altair chart, or a figure where there is no altair; None where nothing was traced."""
+    try:
+        import altair as alt
+    except ModuleNotFoundError:
+        return figure(trace) if any(curves(trace)) else None
 
     values = [
         {"image": str(number), "noise": noise, "t": point["t"], "magnitude": point["magnitude"],
@@ -83,14 +87,14 @@ def chart(trace: Mapping[str, Any]) -> Any:
     return alt.layer(*layers).properties(width="container", height=300, padding={"top": 40}, autosize=fit).interactive()
 
 
-def png(trace: Mapping[str, Any]) -> bytes:
-    """The same plot as a PNG file."""
+def figure(trace: Mapping[str, Any]) -> Any:
+    """The same plot as a matplotlib figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    drawn = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(drawn)
+    axes = drawn.add_subplot()
     for number, noise, points in curves(trace):
         axes.plot(
             [point["t"] for point in points],
@@ -108,6 +112,11 @@ def png(trace: Mapping[str, Any]) -> bytes:
     axes.invert_xaxis()
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
+    return drawn
+
+
+def png(trace: Mapping[str, Any]) -> bytes:
+    """The same plot as a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure(trace).savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

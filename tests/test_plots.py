@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def test_the_chart_has_all_curves_and_marks() -> None:
 def test_a_chart_without_marks_and_none_without_points() -> None:
     pytest.importorskip("altair")
     assert set(layers(trace({"tau": None}))) == {"line"}
+    assert plots.chart(trace({"points": []})) is None
+
+
+def test_without_altair_it_is_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gradio 4 leaves it."""
+    monkeypatch.setitem(sys.modules, "altair", None)
+    pytest.importorskip("matplotlib")
+    drawn = plots.chart(trace({"drawn": POINTS}))
+    assert [list(line.get_ydata()) for line in drawn.axes[0].lines[:2]] == [[3.0, 1.5, 1.0]] * 2
     assert plots.chart(trace({"points": []})) is None
 
 
