@@ -252,17 +252,16 @@ class WrapperGate(Gate):
 
     def step_of(self, denoiser: Any, params: Any) -> Step:
         weights = [[part.weight for part in parts] for parts in denoiser.sampler.sampler_extra_args["cond"].batch]
-        owners = [i for i, own in enumerate(weights) for _ in own] + list(range(len(weights)))
         self._offset = 0
+        self._image_cond = params.image_cond
         inner = denoiser.inner_model
         t = float(inner.sigma_to_t(params.sigma[:1]) if hasattr(inner, "sigma_to_t") else params.sigma[0])
         skipped = leaves_out_unconditional(self.p, float(params.sigma[0]), denoiser.step, denoiser.total_steps)
         return Step(
             t=t,
             weights=weights,
-            known=params.x.shape[0] == len(owners),
+            known=params.x.shape[0] == sum(map(len, weights)) + len(weights),
             latents=params.x[-len(weights) :],
-            image_cond=params.image_cond,
             scale=None if skipped else float(self.p.cfg_scale) * getattr(denoiser, "cond_scale_miltiplier", 1.0),
         )
 
@@ -285,8 +284,7 @@ class WrapperGate(Gate):
         return out, self._handover.native.detach()
 
     def conditions(self, text: Cond, rows: list[int], *, unconditional: bool) -> dict[str, Any]:
-        assert self.step is not None
-        return {"cond": conditioning(text, self.step.image_cond[rows], unconditional=unconditional)}
+        return {"cond": conditioning(text, self._image_cond[rows], unconditional=unconditional)}
 
     def join(self, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any] | None:
         same = tokens(self.cond) == tokens(self.uncond) and shared.opts.batch_cond_uncond

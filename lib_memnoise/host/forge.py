@@ -424,16 +424,11 @@ class PatchGate(Gate):
         # Rows of the texts that are each part.
         self._rows_of_part = [[sum(lengths[:i]) + k for i in range(len(batch))] for k in range(min(lengths))]
         self._params = params
-        owners = [i for i, own in enumerate(weights) for _ in own] + list(range(len(weights)))
-        image_cond = params.image_cond
-        if image_cond.shape[0] == len(weights):
-            image_cond = image_cond[owners]
         return Step(
             t=float(scaling(self._unet.model).timestep(params.sigma[:1])),
             weights=weights,
             known=params.x.shape[0] == len(weights),
             latents=params.x,
-            image_cond=image_cond,
             scale=self._scale(denoiser, float(params.sigma[0])),
         )
 

@@ -39,8 +39,6 @@ class Step:
     """The batch is what the host makes of these prompts."""
     latents: Tensor
     """Of each image."""
-    image_cond: Tensor
-    """Of each row."""
     scale: float | None
     """The CFG scale with which the host combines the rows; None where it leaves the unconditional ones out."""
 
