@@ -299,9 +299,12 @@ def test_nothing_stale_is_handed_over(beside: Beside) -> None:
     evaluated, short = beside.run(traced, witness=["", "none"]), beside.run(traced)
     assert short.read("Memnoise failed") is None
     assert close(short.pictures[0], evaluated.pictures[0]) < ROUNDING
+    steps, is_ddim = beside.payload()["steps"], beside.payload()["sampler_name"] == "DDIM"
+    # DDIM makes a call less where the steps divide the training's.
+    calls = len(range(0, 1000, 1000 // steps)) - 1 if is_ddim else steps
     for run in (evaluated, short):
         points = beside.host.get(f"/memnoise/v1/trace/{run.read('Memnoise trace id')}").json()["images"][0]["points"]
-        assert len(points) == (0 if use.outside else beside.payload()["steps"])
+        assert len(points) == (0 if use.outside else calls)
 
 
 def test_batches_samplers_and_a_plot(beside: Beside) -> None:
