@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,9 @@ class HostPage:
         self.page.on("websocket", self._begin_queued)
         self.page.route("**/*", lambda route: self._route(route, url))
         self.page.goto(url, wait_until="domcontentloaded")
+        self._completed()
+
+    def _completed(self) -> None:
         # Made when the page is complete, by the host's script and by ours.
         self.box.wait_for(state="attached")
         self.accordion.locator(".memnoise-hidden").first.wait_for(state="attached")
@@ -196,6 +199,19 @@ class HostPage:
             route.fulfill(response=answer, body=answer.text().replace("</head>", head, 1))
         else:
             route.continue_()
+
+    def reload(self, host_is_back: Callable[[], bool]) -> None:
+        """Press the page's own button for it: the host loads its scripts again, then the page itself."""
+        self.page.get_by_role("link", name="Reload UI").click()
+        self.page.get_by_text("Reloading...").wait_for()
+        for _ in range(4 * PATIENCE // 100):
+            self.page.wait_for_timeout(100)
+            if host_is_back():
+                break
+        else:
+            raise TimeoutError("the host is not back")
+        self._running.clear()
+        self._completed()
 
     def close(self) -> None:
         self.page.close()

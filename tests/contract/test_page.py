@@ -394,6 +394,26 @@ def test_calibrating_can_be_interrupted(page: HostPage) -> None:
     expect(page.page.locator("#txt2img_interrupt")).not_to_be_visible()
 
 
+def test_the_page_is_loaded_again_from_within(page: HostPage, running: Any) -> None:
+    if not page.is_real:
+        pytest.skip("the double's page has no Reload UI")
+    page.small()
+    page.open()
+    page.generate()
+    infotext, picture = page.infotext.inner_text(), page.picture()
+    assert "Memnoise: batch_wise" in infotext
+    starts = running.log_text().count("Startup time")
+    page.reload(lambda: running.log_text().count("Startup time") > starts)
+
+    expect(page.accordion).to_have_count(1)
+    expect(page.box).not_to_be_checked()
+    page.small()
+    page.open()
+    page.generate()
+    assert page.infotext.inner_text() == infotext
+    assert np.array_equal(page.picture(), picture)
+
+
 def test_comparing_methods(page: HostPage) -> None:
     page.small()
     page.open()

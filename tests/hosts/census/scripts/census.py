@@ -12,8 +12,8 @@ import torch
 from modules import script_callbacks, shared
 
 COUNTED = (
-    "WrapperGate", "Handover", "Hearing", "Answers", "Answer", "Predictor", "EmptyPrompt", "Generation", "ImageReport",
-    "StableDiffusionProcessingTxt2Img",
+    "WrapperGate", "PatchGate", "Handover", "Hearing", "Answers", "Answer", "Predictor", "EmptyPrompt", "Generation",
+    "ImageReport", "StableDiffusionProcessingTxt2Img",
 )  # fmt: skip
 
 
@@ -27,7 +27,9 @@ def count():
             alive[name] += 1
         tensors += type(thing) is torch.Tensor
     model = shared.sd_model
-    modules = list(model.model.modules())
+    patched = getattr(model, "forge_objects", None)
+    network = model.model if patched is None else patched.unet.model
+    modules = list(network.modules())
     callbacks = script_callbacks.callback_map
     return {
         "alive": alive,
@@ -37,9 +39,10 @@ def count():
         "hooks": {
             "functions": [type(m).__name__ for m in (model, *modules) if vars(m).keys() & {"forward", "apply_model"}],
             "hooks": sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules),
-            "frozen": sum(not weight.requires_grad for weight in model.model.parameters()),
-            "gradients": sum(weight.grad is not None for weight in model.model.parameters()),
+            "frozen": sum(not weight.requires_grad for weight in network.parameters()),
+            "gradients": sum(weight.grad is not None for weight in network.parameters()),
             "callbacks": {name: len(found) for name, found in callbacks.items()},
+            "options": [] if patched is None else sorted(map(str, patched.unet.model_options)),
             "differentiating": torch.is_grad_enabled(),
         },
     }
