@@ -131,7 +131,8 @@ AXES_BAD = [
 def plot(
     studio: Studio, x: tuple[str, Any], y: tuple[str, Any] = ("Nothing", ""), args: Any = None, **payload: Any
 ) -> Any:
-    labels = axis_labels(studio)
+    controls = plot_controls(studio)
+    labels = controls[0]["choices"]
 
     def one(kind: str, values: Any) -> list[Any]:
         return [
@@ -140,19 +141,22 @@ def plot(
             values if isinstance(values, list) else [],
         ]
 
-    script_args = [*one(*x), *one(*y), *one("Nothing", ""), False, True, False, False, False, False, False, 0, False]
+    chosen = {"Draw legend": False, "Include Sub Images": True}
+    axes = [*one(*x), *one(*y), *one("Nothing", "")]
+    script_args = [*axes, *(chosen.get(rest["label"], rest["value"]) for rest in controls[len(axes) :])]
     return studio.answer(args, script_name="X/Y/Z plot", script_args=script_args, **payload)
 
 
-def axis_labels(studio: Studio) -> list[str]:
+def plot_controls(studio: Studio) -> list[dict[str, Any]]:
+    """The plot's arguments, of which the forks have more."""
     for script in studio.host.get("/sdapi/v1/script-info").json():
         if script["name"] == "x/y/z plot" and not script["is_img2img"]:
-            return script["args"][0]["choices"]
+            return script["args"]
     raise AssertionError("no X/Y/Z plot")
 
 
 def test_axes_are_there_once(studio: Studio) -> None:
-    labels = [label for label in axis_labels(studio) if label.startswith("[Memnoise]")]
+    labels = [label for label in plot_controls(studio)[0]["choices"] if label.startswith("[Memnoise]")]
     assert len(labels) == len(set(labels)) == len(SPECS)
 
 
