@@ -98,7 +98,7 @@ def aimed(settings: Settings, factor: float) -> tuple[float | Callable[[Tensor],
 def missed(reached: Tensor, steps: Tensor, what: str) -> dict[int, list[str]]:
     """A note for each image that has not reached its target."""
     return {
-        image: [f"the target was not reached in {taken} steps and the best {what} was kept"]
+        image: [f"the target was not reached in {taken} steps and the image has the best {what} found"]
         for image, (ok, taken) in enumerate(zip(reached.tolist(), steps.tolist()))
         if not ok
     }

@@ -112,6 +112,8 @@ class Studio:
         }  # fmt: skip
         if args is not None:
             body["alwayson_scripts"] = {"memnoise": {"args": args}}
+        if self.is_fork and body.get("enable_hr"):  # which have no defaults for these
+            body |= {"hr_additional_modules": ["Use same choices"], "hr_cfg": body["cfg_scale"]}
         return self.host.img2img(body) if "init_images" in body else self.host.txt2img(body)
 
     def run(self, settings: dict[str, Any] | None = None, **payload: Any) -> Run:

@@ -211,8 +211,6 @@ def test_an_overlong_noise_is_said(studio: Studio) -> None:
 
 def test_hires_first_pass_only_unless_asked(studio: Studio) -> None:
     hires: dict[str, Any] = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.7}
-    if studio.is_fork:  # which have no defaults for these
-        hires |= {"hr_additional_modules": ["Use same choices"], "hr_cfg": 6}
     plain = studio.run(**hires)
     assert same(plain, studio.run(NOTHING, **hires))
     first = studio.run({}, **hires)
