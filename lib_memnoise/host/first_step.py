@@ -90,7 +90,9 @@ def in_sigmas(p: Any, sampler: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor |
     scale = torch.sqrt(1.0 + start**2.0) if getattr(shared.opts, "sgm_noise_multiplier", False) else start
     if sampler.config.name in ("DPM fast", "DPM adaptive"):
         # These two ignore the schedule and start from the model's own largest sigma.
-        sigma = sampler.model_wrap_cfg.inner_model.sigmas[-1].to(x)
+        largest = torch.tensor(sampler.model_wrap_cfg.inner_model.sigmas[-1].item())
+        # Their time is −log σ.
+        sigma = largest.log().neg().neg().exp().to(x)
     return sigma.reshape(1), scale, 0.0
 
 

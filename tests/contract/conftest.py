@@ -103,7 +103,8 @@ class Studio:
         try:
             yield
         finally:
-            self.host.set_options({name: current[name] for name in changed})
+            # The forks list some of them only when they have been set; the tests set such to True.
+            self.host.set_options({name: current.get(name, False) for name in changed})
 
     def answer(self, args: Any = None, **payload: Any) -> Any:
         body = {

@@ -41,9 +41,14 @@ def test_a_score_leaves_every_prompt_alone(studio: Studio, prompt: str, batch_si
     with studio.options(payload.pop("options", {})):
         plain, run = studio.run(**payload), studio.run(NONE_FLAGGED, **payload)
         rows = [r.number("rows") for r in (run, studio.run(NOTHING, **payload))]
-    assert same(run, plain)
+    # The forks leave the unconditional rows out at CFG 1.
+    halved = prompt == "skip early" or (studio.is_fork and prompt == "CFG 1")
+    if halved and studio.is_fork:  # the first step's rows were in a call of more
+        assert all(close(a, b) <= ROUNDING for a, b in zip(run.pictures, plain.pictures))
+    else:
+        assert same(run, plain)
     # A row an image where the negative prompt is another branch, or where the first step has no unconditional one.
-    extra = 1 if "negative" in prompt or prompt == "editing" or prompt == "skip early" else 0
+    extra = 1 if "negative" in prompt or prompt == "editing" or halved else 0
     assert rows[0] == rows[1] + extra
 
 

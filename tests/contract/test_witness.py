@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.contract.conftest import HOSTS, ROUNDING, Run, Studio, close, open_host
+from tests.hosts import fork_checkpoints
 from tests.hosts.checkpoints import TEXT_WIDTH
 
 WITNESS = Path(__file__).resolve().parents[1] / "hosts" / "witness"
@@ -72,18 +73,24 @@ def write_safetensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def lora(rank: int = 2) -> dict[str, np.ndarray]:
+def text_width(studio: Studio) -> int:
+    return int(fork_checkpoints.CLIP["hidden_size"]) if studio.is_fork else TEXT_WIDTH
+
+
+def lora(studio: Studio, rank: int = 2) -> dict[str, np.ndarray]:
     """Of the U-Net's cross-attention and of the text encoder, as strong as the weights that it changes."""
+    text = text_width(studio)
+    width = int(fork_checkpoints.UNET["model_channels"]) if studio.is_fork else TEXT_WIDTH
     outputs = {
-        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": TEXT_WIDTH,
-        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k": 2 * TEXT_WIDTH,
-        "lora_te_text_model_encoder_layers_0_self_attn_q_proj": TEXT_WIDTH,
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": width,
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k": width if studio.is_fork else 2 * width,
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj": text,
     }
     random = np.random.default_rng(0)
     tensors = {}
-    for name, width in outputs.items():
-        tensors[f"{name}.lora_up.weight"] = random.normal(0, 0.5, (width, rank))
-        tensors[f"{name}.lora_down.weight"] = random.normal(0, 0.3, (rank, TEXT_WIDTH))
+    for name, outs in outputs.items():
+        tensors[f"{name}.lora_up.weight"] = random.normal(0, 0.5, (outs, rank))
+        tensors[f"{name}.lora_down.weight"] = random.normal(0, 0.3 * (TEXT_WIDTH / text) ** 0.5, (rank, text))
         tensors[f"{name}.alpha"] = np.array(float(rank))
     return tensors
 
@@ -108,7 +115,7 @@ def check_with_and_without(
 
 @pytest.mark.parametrize("numbers", BOTH, ids=["batch_wise", "per_sample"])
 def test_with_a_lora(real: Studio, numbers: tuple[dict[str, Any], dict[str, Any], float]) -> None:
-    write_safetensors(real.host.data / "models" / "Lora" / "tilt.safetensors", lora())
+    write_safetensors(real.host.data / "models" / "Lora" / "tilt.safetensors", lora(real))
     assert real.host.post("/sdapi/v1/refresh-loras").status_code == 200
     assert "tilt" in [entry["name"] for entry in real.host.get("/sdapi/v1/loras").json()]
     without = real.run(numbers[0], prompt="a fox", batch_size=2)
@@ -135,7 +142,7 @@ def test_with_a_textual_inversion(real: Studio, numbers: tuple[dict[str, Any], d
     prompt = "a memtok fox"
     reload()
     without = real.run(numbers[0], prompt=prompt, batch_size=2)
-    write_safetensors(file, {"emb_params": np.random.default_rng(0).normal(0, 0.7, (3, TEXT_WIDTH))})
+    write_safetensors(file, {"emb_params": np.random.default_rng(0).normal(0, 0.7, (3, text_width(real)))})
     try:
         reload()
         check_with_and_without(real, without, numbers, prompt)

@@ -276,7 +276,9 @@ class WebUI:
         if "--api-auth" in self.args:
             user, _, password = self.args[self.args.index("--api-auth") + 1].split(",")[0].partition(":")
             auth = (user, password)
-        self._client = httpx.Client(base_url=self.url, auth=auth, timeout=self.timeout, trust_env=False)
+        # Forge closes the connection behind an error's answer.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._client = httpx.Client(base_url=self.url, auth=auth, timeout=self.timeout, trust_env=False, limits=limits)
         begin = time.perf_counter()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
