@@ -107,13 +107,9 @@ def test_token_merging_is_left_out_of_gradients_only(forge: ModuleType) -> None:
     assert unet.model_options["transformer_options"]["patches"]["attn1_patch"] == [merge, patch]
 
 
-@pytest.mark.parametrize("zeros", [True, False])
 @pytest.mark.parametrize("scale", [7.0, None])
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 0.5], [0.3, -0.2]])
-def test_the_hosts_combination_is_what_is_wanted(
-    forge: ModuleType, monkeypatch: pytest.MonkeyPatch, zeros: bool, scale: float | None, weights: list[float]
-) -> None:
-    monkeypatch.setattr(forge, "host", lambda: SimpleNamespace(leaves_zeros=zeros))
+def test_the_hosts_combination_is_what_is_wanted(forge: ModuleType, scale: float | None, weights: list[float]) -> None:
     gate = forge.PatchGate.__new__(forge.PatchGate)
     gate.step = SimpleNamespace(weights=[weights], scale=scale)
     torch.manual_seed(0)
@@ -125,7 +121,7 @@ def test_the_hosts_combination_is_what_is_wanted(
         mean = sum(weight * row for weight, row in zip(weights, rows)) / strength
         strength = 1.0 if abs(strength - 1) < 1e-9 else strength
         if scale is None:
-            return mean * strength if zeros else mean
+            return mean * strength
         return unconditional + (mean - unconditional) * scale * strength
 
     assert torch.allclose(combined(gate.unguided(0, unconditional)), unconditional, atol=1e-5)

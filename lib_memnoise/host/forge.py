@@ -49,8 +49,8 @@ class Host:
     compile: Callable[..., Any]
     compile_weighted: Callable[..., Any]
     condition: Callable[..., Any]
-    leaves_zeros: bool
-    """Where unconditional rows are left out, zeros stand for their outputs."""
+    hands_floor: bool
+    """NGMS's sigma is handed to the sampler, and odd steps go without; else it is an option, and even ones do."""
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def host() -> Host:
             condition.compile_conditions,
             condition.compile_weighted_conditions,
             condition.Condition,
-            leaves_zeros=True,
+            hands_floor=True,
         )
     samplers, conds, sampler = has(
         "ldm_patched.modules.samplers", "ldm_patched.modules.conds", "modules_forge.forge_sampler"
@@ -77,7 +77,7 @@ def host() -> Host:
         sampler.cond_from_a1111_to_patched_ldm,
         sampler.cond_from_a1111_to_patched_ldm_weighted,
         conds.CONDRegular,
-        leaves_zeros=False,
+        hands_floor=False,
     )
 
 
@@ -438,7 +438,7 @@ class PatchGate(Gate):
         scale = float(p.hr_cfg if getattr(p, "is_hr_pass", False) and hasattr(p, "hr_cfg") else p.cfg_scale)
         early, progress = getattr(opts, "skip_early_cond", 0.0), denoiser.step / denoiser.total_steps
         every = getattr(opts, "s_min_uncond_all", False)
-        if host().leaves_zeros:
+        if host().hands_floor:
             floor, turn = denoiser.sampler.sampler_extra_args.get("s_min_uncond") or 0.0, denoiser.step % 2
             skipped = early > 0 and progress <= early
         else:
@@ -545,9 +545,8 @@ class PatchGate(Gate):
         assert self.step is not None
         row, strength = wanted, self._strength(image)
         if self.step.scale is None:
-            # The host follows the prompts' rows alone.
-            if host().leaves_zeros and strength != 1:
-                row = wanted / strength
+            # The host follows the prompts' rows alone: those times their strength, for zeros stand in for the others.
+            row = wanted / strength
         elif wanted is not unconditional:
             row = unconditional + (wanted - unconditional) / (self.step.scale * strength)
         return [row] * len(self.step.weights[image])

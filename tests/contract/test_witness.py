@@ -137,6 +137,10 @@ def test_with_a_textual_inversion(real: Studio, numbers: tuple[dict[str, Any], d
     def reload() -> None:
         assert real.host.post("/sdapi/v1/refresh-embeddings").status_code == 200
         assert ("memtok" in real.host.get("/sdapi/v1/embeddings").json()["loaded"]) == file.exists()
+        if real.is_fork:  # whose text encoder reads them when it is loaded
+            for checkpoint in ("sd1-b", "sd1"):
+                real.host.load(checkpoint)
+                real.run()
         real.run(prompt="another")  # the host keeps the last prompt's condition
 
     prompt = "a memtok fox"
