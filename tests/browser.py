@@ -275,6 +275,11 @@ class HostPage:
         return self.log.locator(".error")
 
     @property
+    def refusal(self) -> Any:
+        """An error; a comment where the host loses errors."""
+        return self.log.locator(".error, .comments")
+
+    @property
     def pictures(self) -> Any:
         return self.page.locator("#txt2img_gallery img")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import HTTPException
 
+from lib_memnoise.host.refusals import loses_errors
 from lib_memnoise.settings import DECIDING, SPECS, SettingError, Settings, check, from_mapping, from_shown, is_used
 
 PLOT = "memnoise_plot"
@@ -123,6 +124,9 @@ def refuse_before_plot(p: Any, refusal: Refusal) -> None:
     """`setup`: make a request that runs a selectable script fail before the script starts."""
     arguments = p.script_args_value
     if arguments and arguments[0] not in (0, None):
+        if loses_errors(p):  # without the script it is a plain request, which is refused
+            p.script_args_value = (0, *arguments[1:])
+            return
         refused = RefusedArguments(arguments)
         refused.refusal = refusal
         p.script_args_value = refused

@@ -26,6 +26,17 @@ def raise_if_interrupted() -> None:
         raise Interrupted
 
 
+def loses_errors(p: Any) -> bool:
+    """Whether the page would not say what was raised: reForge's thread for the page's generations only prints it."""
+    if getattr(p, "is_api", False):
+        return False
+    try:
+        from modules_forge import main_thread
+    except ImportError:
+        return False
+    return not hasattr(main_thread, "last_exception")
+
+
 def expect_cells(p: Any) -> None:
     """`setup`: what a plot's cells, which are shallow copies of `p`, tell of their failures is kept in one place."""
     p.memnoise_failed_cells = []

@@ -82,6 +82,12 @@ def is_fork(root: Path) -> bool:
     return (root / "modules_forge").is_dir()
 
 
+def loses_errors(root: Path) -> bool:
+    """Whether the page does not say what failed, as in reForge."""
+    thread = root / "modules_forge" / "main_thread.py"
+    return thread.is_file() and "last_exception" not in thread.read_text(encoding="utf-8")
+
+
 class WebUI:
     """Context manager: a WebUI with a data folder of its own, the project as its extension ``memnoise``.
 
@@ -109,6 +115,7 @@ class WebUI:
             raise HostError("set SD_WEBUI_DIR to a WebUI's folder")
         self.root, self.python = found
         self.is_fork = is_fork(self.root)
+        self.loses_errors = loses_errors(self.root)
         self.name = f"webui {self._version()}{' fork' if self.is_fork else ''}"
         self.checkpoints = Path(checkpoints).absolute()
         self.checkpoint = checkpoint
