@@ -83,9 +83,9 @@ def test_no_page(tmp_path_factory: pytest.TempPathFactory) -> None:
     with open_host("double", tmp_path_factory, cmd_args=("--nowebui",)) as host:
         studio = Studio(host)
         assert studio.run({}).read("Memnoise failed") is None
-        from tests.contract.test_requests import axis_labels
+        from tests.contract.test_requests import plot_controls
 
-        assert sum(label.startswith("[Memnoise]") for label in axis_labels(studio)) > 10
+        assert sum(label.startswith("[Memnoise]") for label in plot_controls(studio)[0]["choices"]) > 10
 
 
 def test_the_host_swallowed_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
