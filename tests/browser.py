@@ -117,11 +117,12 @@ class HostPage:
     `errors` are the page's uncaught exceptions, `calls` its requests that run something on the server.
     """
 
-    def __init__(self, browser: Any, url: str, *, is_real: bool) -> None:
+    def __init__(self, browser: Any, url: str, *, is_real: bool, loses_errors: bool = False) -> None:
         from playwright.sync_api import expect
 
         expect.set_options(timeout=PATIENCE)
         self.is_real = is_real
+        self.loses_errors = loses_errors
         self.errors: list[str] = []
         self.calls: list[str] = []
         self._running: list[Any] = []
@@ -277,7 +278,7 @@ class HostPage:
     @property
     def refusal(self) -> Any:
         """An error; a comment where the host loses errors."""
-        return self.log.locator(".error, .comments")
+        return self.log.locator(".comments" if self.loses_errors else ".error")
 
     @property
     def pictures(self) -> Any:

@@ -91,8 +91,8 @@ def in_sigmas(p: Any, sampler: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor |
     if sampler.config.name in ("DPM fast", "DPM adaptive"):
         # These two ignore the schedule and start from the model's own largest sigma.
         largest = torch.tensor(sampler.model_wrap_cfg.inner_model.sigmas[-1].item())
-        # Their time is −log σ.
-        sigma = largest.log().neg().neg().exp().to(x)
+        # They count in −log σ; the way there and back changes σ's last bit.
+        sigma = largest.log().exp().to(x)
     return sigma.reshape(1), scale, 0.0
 
 

@@ -190,11 +190,11 @@ def test_attention_is_the_same_under_every_optimisation(studio: Studio, masked: 
     settings = {"method": "cross_attention", "bos_scale": 3, "mask_padding": masked}
     pictures = []
     has_choice = "cross_attention_optimization" in studio.host.get("/sdapi/v1/options").json()
-    for name in OPTIMISATIONS if has_choice else [None]:
-        with studio.options({"cross_attention_optimization": name} if has_choice else {}):
+    for options in [{"cross_attention_optimization": name} for name in OPTIMISATIONS] if has_choice else [{}]:
+        with studio.options(options):
             run = studio.run(settings, steps=5, batch_size=2)
-            assert run.read("Memnoise failed") is None, name
-            assert close(run.pictures[0], studio.run(steps=5, batch_size=2).pictures[0]) > 0.1, name
+            assert run.read("Memnoise failed") is None, options
+            assert close(run.pictures[0], studio.run(steps=5, batch_size=2).pictures[0]) > 0.1, options
             pictures.append(run.pictures)
     assert all(close(a, b) <= ROUNDING for other in pictures for a, b in zip(pictures[0], other))
 
