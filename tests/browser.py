@@ -206,6 +206,7 @@ class HostPage:
 
     def reload(self, host_is_back: Callable[[], bool]) -> None:
         """Press the page's own button for it: the host loads its scripts again, then the page itself."""
+        errors = len(self.errors)
         self.page.get_by_role("link", name="Reload UI").click()
         self.page.get_by_text("Reloading...").wait_for()
         for _ in range(4 * PATIENCE // 100):
@@ -214,7 +215,9 @@ class HostPage:
                 break
         else:
             raise TimeoutError("the host is not back")
+        # Of the page that the host's own script has emptied.
         self._running.clear()
+        del self.errors[errors:]
         self._completed()
 
     def close(self) -> None:
