@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -127,3 +129,26 @@ def test_the_hosts_combination_is_what_is_wanted(forge: ModuleType, scale: float
     assert torch.allclose(combined(gate.unguided(0, unconditional)), unconditional, atol=1e-5)
     wanted = unconditional - 3 * sum(w * (row - unconditional) for w, row in zip(weights, prompts))
     assert torch.allclose(combined(gate.opposite(0, prompts, unconditional, 3.0)), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_the_u_net_of_a_pass_does_not_keep_what_belongs_to_the_request(forge: ModuleType, patched: bool) -> None:
+    def inner(apply_model: Callable[..., Any], args: dict[str, Any]) -> Any:
+        return apply_model(2 * args["input"], args["timestep"], **args["c"])
+
+    class Doubling:
+        def called(self, apply_model: Callable[..., Any], args: dict[str, Any]) -> Any:
+            return 10 * apply_model(args["input"], args["timestep"], **args["c"])
+
+    gate = Doubling()
+    wrapper = copy.deepcopy({"options": forge.standing_before(gate, inner if patched else None)})["options"]
+    args = {"input": 3, "timestep": 1, "c": {"more": 5}, "cond_or_uncond": [0]}
+
+    def apply_model(x: int, t: int, more: int) -> int:
+        return x + t + more
+
+    assert wrapper(apply_model, args) == 90
+    gone = weakref.ref(gate)
+    del gate
+    assert gone() is None
+    assert wrapper(apply_model, args) == (12 if patched else 9)

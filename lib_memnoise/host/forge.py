@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -385,8 +386,29 @@ class Patched:
 NETWORK = Patched()
 
 
+def standing_before(gate: PatchGate, inner: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+    """What a U-Net's options take for a gate. It holds the gate weakly, as the pass's denoiser holds it.
+
+    A host may keep a checkpoint, and with it the U-Net of its last pass, for as long as it runs: what belongs to a
+    request must not hang on that. A plain function, since the host copies options deeply, and those it leaves alone.
+    """
+    weakly = weakref.ref(gate)
+
+    def wrapper(apply_model: Any, args: dict[str, Any]) -> Tensor:
+        gate = weakly()
+        if gate is not None:
+            return gate.called(apply_model, args)
+        if inner is not None:
+            return inner(apply_model, args)
+        out: Tensor = apply_model(args["input"], args["timestep"], **args["c"])
+        return out
+
+    wrapper.memnoise_inner = inner  # type: ignore[attr-defined]
+    return wrapper
+
+
 class PatchGate(Gate):
-    """Stands in front of the pass's own copy of the U-Net, which the host drops after the pass.
+    """Stands in front of the pass's own copy of the U-Net, which the host drops with the next.
 
     It takes its place at the first step, when every extension has made its patches, and again where a refiner takes
     over.
@@ -402,14 +424,9 @@ class PatchGate(Gate):
         if self._wrapper is not None and objects.unet.model_options.get(WRAPPER) is self._wrapper:
             return
 
-        # A plain function: the host copies options deeply, and those it leaves alone.
-        def wrapper(apply_model: Any, args: dict[str, Any]) -> Tensor:
-            return self.called(apply_model, args)
-
         unet = objects.unet.clone()
         self._inner = unet.model_options.get(WRAPPER)
-        wrapper.memnoise_inner = self._inner  # type: ignore[attr-defined]
-        unet.model_options[WRAPPER] = self._wrapper = wrapper
+        unet.model_options[WRAPPER] = self._wrapper = standing_before(self, self._inner)
         objects.unet = self._unet = unet
         self._handover = Handover(self, self.answers, compared=contents, selected=some_rows)
 

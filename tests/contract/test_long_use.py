@@ -185,6 +185,16 @@ def reload_page(studio: Studio) -> None:
     raise TimeoutError(host.log_tail())
 
 
+def test_a_checkpoint_that_was_left_holds_no_request(studio: Studio) -> None:
+    """reForge keeps the checkpoint it started with as long as it runs, and so the U-Net of that one's last pass."""
+    untouched = census(studio)
+    studio.run({"tau": 500})
+    studio.run(settings_of("per_sample"))
+    studio.host.load("sd2-v")
+    assert census(studio)["alive"] == untouched["alive"]
+    studio.host.load("sd1")
+
+
 def test_hundreds_of_generations_leave_nothing(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:
     for checkpoint in CHECKPOINTS:  # what a host keeps of each, it has now
         studio.host.load(checkpoint)
