@@ -24,9 +24,11 @@ else:
 
         def setup(self, p, *args):
             refusals.expect_cells(p)
-            settings = arguments.requested(p, args)
-            if isinstance(settings, arguments.Refusal):
-                arguments.refuse_before_plot(p, settings)
+            refused = arguments.requested(p, args)
+            if not isinstance(refused, arguments.Refusal):
+                refused = xyz.refused_axis(p)
+            if refused is not None:
+                arguments.refuse_before_plot(p, refused)
 
         def before_process(self, p, *args):
             course.begin(p, arguments.requested(p, args), is_img2img=self.is_img2img)

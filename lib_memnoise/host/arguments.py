@@ -17,6 +17,9 @@ from lib_memnoise.settings import DECIDING, SPECS, SettingError, Settings, check
 PLOT = "memnoise_plot"
 """Attribute of a plot cell's `p`: what its axes set, by name."""
 
+REFUSED = "memnoise_refused"
+"""Attribute of a request's `p`: why its plot was left out, so that the request itself can say so."""
+
 CONTROLS = tuple(name for name in SPECS if name != "enabled")
 """The settings that have a control on the page, in order."""
 
@@ -37,6 +40,9 @@ class Refusal(HTTPException):
 
 def requested(p: Any, args: Sequence[Any]) -> Settings | Refusal:
     """The settings of one generation, or why they cannot be used."""
+    refused: Refusal | None = getattr(p, REFUSED, None)
+    if refused is not None:
+        return refused
     try:
         plot: Mapping[str, Any] = getattr(p, PLOT, {})
         merged = {**from_arguments(args), **plot}
@@ -126,6 +132,7 @@ def refuse_before_plot(p: Any, refusal: Refusal) -> None:
     if arguments and arguments[0] not in (0, None):
         if loses_errors(p):  # without the script it is a plain request, which is refused
             p.script_args_value = (0, *arguments[1:])
+            setattr(p, REFUSED, refusal)
             return
         refused = RefusedArguments(arguments)
         refused.refusal = refusal

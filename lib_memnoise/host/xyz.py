@@ -9,6 +9,7 @@ from typing import Any
 from modules import scripts
 
 from lib_memnoise.host.arguments import PLOT, SLOTS, Refusal, from_arguments
+from lib_memnoise.host.refusals import loses_errors
 from lib_memnoise.settings import SPECS, SettingError, deciders, from_text, is_used, misplaced, type_of
 
 PREFIX = "[Memnoise] "
@@ -60,7 +61,7 @@ def set_in_cell(name: str) -> Callable[[Any, Any, Any], None]:
     return apply
 
 
-RANGE = re.compile(r"\s*[+-]?[\d.]+\s*-\s*[+-]?[\d.]+\s*([(\[].*)?")
+RANGE = re.compile(r"\s*([+-]?[\d.]+)\s*-\s*([+-]?[\d.]+)\s*(?:[(\[].*)?")
 """The plot script's own range syntax, `1-5 (+2)` or `1-5 [3]`: left to it, its values are confirmed after."""
 
 
@@ -96,6 +97,32 @@ def confirm(name: str) -> Callable[[Any, Any], None]:
             raise Refusal(f"memnoise: the axis {label(name)} needs memnoise enabled.")
 
     return check
+
+
+def refused_axis(p: Any) -> Refusal | None:
+    """`setup`: what would be refused of the axes that are asked for, where the host would lose what the plot raises."""
+    if not loses_errors(p) or not p.script_args or not p.script_args[0]:
+        return None
+    script = p.scripts.selectable_scripts[p.script_args[0] - 1]
+    options = getattr(script, "current_axis_options", None)
+    if options is None:
+        return None
+    names = {label(name): name for name in SPECS}
+    args = p.script_args[script.args_from : script.args_to]
+    as_text = args[-1]
+    try:
+        for kind, text, chosen in (args[3 * number : 3 * number + 3] for number in range(3)):
+            option = options[kind or 0]
+            if option.label in names:
+                values = chosen or []
+                if option.choices is None or as_text:
+                    values = [value.strip() for value in text.split(",") if value.strip()]
+                ranges = [RANGE.fullmatch(value) for value in values]
+                ends = [own.groups() if own else (value,) for value, own in zip(values, ranges)]
+                option.confirm(p, [end for own in ends for end in own])
+    except Refusal as refusal:
+        return refusal
+    return None
 
 
 def page_arguments(p: Any) -> dict[str, Any]:
