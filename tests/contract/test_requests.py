@@ -35,6 +35,12 @@ BAD: list[tuple[Any, list[str]]] = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def loaded(running: Any) -> None:
+    """Some hosts load the checkpoint for their first request."""
+    Studio(running).run()
+
+
 @pytest.mark.parametrize(("args", "words"), [bad for bad in BAD if bad[1]], ids=lambda v: json.dumps(v)[:60])
 def test_bad_input_is_refused_in_one_sentence(studio: Studio, args: Any, words: list[str]) -> None:
     answer = studio.answer(args)
