@@ -198,15 +198,21 @@ class Call:
     out: Tensor
 
 
+def call_behind(
+    inner: Callable[..., Tensor] | None, apply_model: Callable[..., Tensor], args: dict[str, Any]
+) -> Tensor:
+    """What a wrapper of the network stands before: another one, or the network."""
+    return apply_model(args["input"], args["timestep"], **args["c"]) if inner is None else inner(apply_model, args)
+
+
 def recording(options: dict[str, Any]) -> tuple[dict[str, Any], list[Call]]:
     """Options with which every call of the network is noted."""
     calls: list[Call] = []
     inner = options.get(WRAPPER)
 
     def record(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
-        c = args["c"]
-        out = apply_model(args["input"], args["timestep"], **c) if inner is None else inner(apply_model, args)
-        calls.append(Call(contents(c), list(args["cond_or_uncond"]), out))
+        out = call_behind(inner, apply_model, args)
+        calls.append(Call(contents(args["c"]), list(args["cond_or_uncond"]), out))
         return out
 
     return {**options, WRAPPER: record}, calls
@@ -396,12 +402,7 @@ def standing_before(gate: PatchGate, inner: Callable[..., Tensor] | None) -> Cal
 
     def wrapper(apply_model: Any, args: dict[str, Any]) -> Tensor:
         gate = weakly()
-        if gate is not None:
-            return gate.called(apply_model, args)
-        if inner is not None:
-            return inner(apply_model, args)
-        out: Tensor = apply_model(args["input"], args["timestep"], **args["c"])
-        return out
+        return call_behind(inner, apply_model, args) if gate is None else gate.called(apply_model, args)
 
     wrapper.memnoise_inner = inner  # type: ignore[attr-defined]
     return wrapper

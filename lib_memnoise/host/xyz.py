@@ -65,9 +65,19 @@ RANGE = re.compile(r"\s*([+-]?[\d.]+)\s*-\s*([+-]?[\d.]+)\s*(?:[(\[].*)?")
 """The plot script's own range syntax, `1-5 (+2)` or `1-5 [3]`: left to it, its values are confirmed after."""
 
 
+def ends(value: str) -> tuple[str, ...]:
+    """Of a range; of anything else itself."""
+    found = RANGE.fullmatch(value)
+    return found.groups() if found else (value,)
+
+
+def parts(text: str) -> list[str]:
+    return [value.strip() for value in text.split(",") if value.strip()]
+
+
 def prepare(name: str) -> Callable[[str], list[str]]:
     def split(text: str) -> list[str]:
-        values = [value.strip() for value in text.split(",") if value.strip()]
+        values = parts(text)
         for value in values:
             if not RANGE.fullmatch(value):
                 refuse_bad_value(name, value)
@@ -101,25 +111,20 @@ def confirm(name: str) -> Callable[[Any, Any], None]:
 
 def refused_axis(p: Any) -> Refusal | None:
     """`setup`: what would be refused of the axes that are asked for, where the host would lose what the plot raises."""
-    if not loses_errors(p) or not p.script_args or not p.script_args[0]:
+    if not p.script_args or not p.script_args[0] or not loses_errors(p):
         return None
     script = p.scripts.selectable_scripts[p.script_args[0] - 1]
     options = getattr(script, "current_axis_options", None)
     if options is None:
         return None
-    names = {label(name): name for name in SPECS}
     args = p.script_args[script.args_from : script.args_to]
     as_text = args[-1]
     try:
         for kind, text, chosen in (args[3 * number : 3 * number + 3] for number in range(3)):
             option = options[kind or 0]
-            if option.label in names:
-                values = chosen or []
-                if option.choices is None or as_text:
-                    values = [value.strip() for value in text.split(",") if value.strip()]
-                ranges = [RANGE.fullmatch(value) for value in values]
-                ends = [own.groups() if own else (value,) for value, own in zip(values, ranges)]
-                option.confirm(p, [end for own in ends for end in own])
+            if option.label.startswith(PREFIX):
+                values = parts(text) if option.choices is None or as_text else chosen or []
+                option.confirm(p, [end for value in values for end in ends(value)])
     except Refusal as refusal:
         return refusal
     return None
