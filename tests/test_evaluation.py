@@ -231,7 +231,7 @@ def test_flags_without_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not (tmp_path / "run").exists()
     evaluate(tmp_path / "run", *argv, "--first", "1", "--steps", "2")
     with Run(tmp_path / "run") as run:
-        assert run.plan.total == run.done == 9 and run.metrics.keys() == {"similarity"}
+        assert run.plan.total == run.done == 9 and run.metrics.keys() == {"similarity", "similarity_own"}
 
 
 def test_methods_are_compared_on_the_same_seeds() -> None:
@@ -366,7 +366,8 @@ def test_records_for_machines(copied: Path, capsys: pytest.CaptureFixture[str]) 
     evaluate(copied, "--json")
     found = json.loads(capsys.readouterr().out)
     assert {point["curve"] for point in found["points"]} == {"none", "Static", "Adjusted", "Decay"}
-    assert all(-1 <= point["similarity"] <= 1 for point in found["points"])
+    assert all(-1 <= point["similarity_own"] <= point["similarity"] <= 1 for point in found["points"])
+    assert all(claim["beside"] is not None for claim in found["claims"] if claim["number"] in (1, 4))
     assert {claim["holds"] for claim in found["claims"]} <= {True, False, None}
 
 
@@ -670,11 +671,14 @@ def test_training_pictures_may_come_later(tmp_path: Path) -> None:
     evaluate(*map(str, run))  # type: ignore[arg-type]
     before = pictures(tmp_path / "run")
     with Run(tmp_path / "run") as opened:
-        assert [row[4] for row in opened.measures()] == [None, None]
+        assert [row[4] for row in opened.measures()] == [None] * 4
         shutil.copyfile(opened.picture("none", 0, 0), tmp_path / "truth" / "1" / "same.png")
     evaluate(*map(str, run), "--ground-truth", str(tmp_path / "truth"))  # type: ignore[arg-type]
     with Run(tmp_path / "run") as opened:
-        assert [row[4] for row in opened.measures()] == [pytest.approx(1), None]
+        found = {row[1:4]: row[4] for row in opened.measures()}
+        # the other prompt has no picture of its own, and is compared with this one all the same
+        assert found[0, 0, "similarity"] == found[0, 0, "similarity_own"] == pytest.approx(1)
+        assert found[1, 0, "similarity"] < 1 and found[1, 0, "similarity_own"] is None
     assert pictures(tmp_path / "run") == before
 
 
@@ -685,6 +689,90 @@ def test_a_training_picture_that_cannot_be_read(tmp_path: Path, capsys: pytest.C
             "--width", "128", "--height", "128", "--metrics", "similarity")  # fmt: skip
     evaluate(tmp_path / "run", *argv)
     assert "similarity of prompt 0 is not measured: a training picture cannot be read" in capsys.readouterr().err
+
+
+def two_prompts(folder: Path) -> tuple[str, ...]:
+    """Of a run with a picture of each of two prompts, once both of their training pictures are there."""
+    lines = [json.dumps({"caption": text, "references": [f"{text}.png"]}) for text in ("a fox", "a cat")]
+    for seed, text in enumerate(("a fox", "a cat")):
+        values = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(values).resize((128, 128)).save(folder / f"{text}.png")
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    return ("--prompts", str(folder / "prompts.jsonl"), "--method", "none", "--images", "1", "--steps", "2",
+            "--width", "128", "--height", "128", "--metrics", "similarity")  # fmt: skip
+
+
+def test_a_copy_of_another_prompts_picture_is_a_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = two_prompts(tmp_path)
+    evaluate(tmp_path / "run", *argv)
+    with Run(tmp_path / "run", writing=True) as run:
+        made = {prompt: run.picture("none", prompt, 0) for prompt in (0, 1)}
+        for prompt, path in made.items():  # each the other's
+            shutil.copyfile(tmp_path / ("a cat.png" if prompt == 0 else "a fox.png"), path)
+        run._database.execute("delete from measures")
+        run._database.commit()
+    evaluate(tmp_path / "run")
+    with Run(tmp_path / "run") as run:
+        found = results.results(run)
+    assert found.images["similarity"].to_list() == [pytest.approx(1)] * 2
+    assert (found.images["similarity_own"] < 0.5).all()
+    assert found.copying == ("similarity", "similarity_own")
+    table = pd.read_csv(tmp_path / "run" / "figures" / "images.csv")
+    assert {"similarity", "similarity_own"} <= set(table.columns)
+
+
+def test_pictures_of_prompts_that_are_left_out_count(tmp_path: Path) -> None:
+    argv = two_prompts(tmp_path)
+    evaluate(tmp_path / "run", *argv, "--first", "1")
+    with Run(tmp_path / "run", writing=True) as run:
+        assert [Path(name).name for name in run.plan.references] == ["a fox.png", "a cat.png"]
+        shutil.copyfile(tmp_path / "a cat.png", run.picture("none", 0, 0))
+        run._database.execute("delete from measures")
+        run._database.commit()
+    evaluate(tmp_path / "run")  # without saying again where they are
+    with Run(tmp_path / "run") as run:
+        assert results.results(run).images["similarity"].to_list() == [pytest.approx(1)]
+    assert len(make(SMALL).references) == 18  # of the miniature all that it memorised
+
+
+def test_a_picture_of_another_prompt_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = two_prompts(tmp_path)
+    (tmp_path / "a cat.png").write_bytes(b"none")
+    evaluate(tmp_path / "run", *argv)
+    captured = capsys.readouterr()
+    assert "similarity to the nearest of all is not measured: a training picture cannot be read" in captured.err
+    assert "copies of others are not counted" in captured.out
+    with Run(tmp_path / "run") as run:
+        assert [row[1:4] for row in run.measures()] == [(0, 0, "similarity_own")]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a cat.png")
+    evaluate(tmp_path / "run")
+    with Run(tmp_path / "run") as run:
+        assert results.results(run).copying == ("similarity", "similarity_own") and len(list(run.measures())) == 4
+
+
+def test_a_run_of_the_old_format(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Version 0.1.0 measured the prompts' own pictures under the metric's name, and kept no list of all."""
+    with Run(quick) as run:
+        before = {row[:4]: row[4] for row in run.measures()}
+        run._database.execute("delete from measures where metric = 'similarity'")
+        run._database.execute("delete from metrics where metric = 'similarity'")
+        run._database.execute("update measures set metric = 'similarity'")
+        run._database.execute("update metrics set metric = 'similarity'")
+        run._database.commit()
+    stored = json.loads((quick / "plan.json").read_text())
+    (quick / "plan.json").write_text(json.dumps({**stored, "format": 1}))
+    (quick / "references.json").unlink()
+    own = {key: value for key, value in before.items() if key[3] == "similarity_own"}
+    main(["figures", str(quick)])
+    assert "copies of others are not counted until evaluate measures them" in capsys.readouterr().out
+    with Run(quick) as run:
+        assert {row[:4]: row[4] for row in run.measures()} == own
+        assert results.results(run).copying == ("similarity_own",)
+    evaluate(quick)
+    with Run(quick) as run:
+        assert {row[:4]: row[4] for row in run.measures()} == before
+        assert run.metrics.keys() == {"similarity", "similarity_own"}
+    assert "copies of others" not in capsys.readouterr().out
 
 
 # What is concluded
@@ -748,6 +836,20 @@ def test_at_equal_alignment(copying: float, alignment: float, expected: float, h
     assert claim.estimate.value == pytest.approx(expected, abs=1e-6, nan_ok=True)
     # Equal noise in both: the interval of no difference is a point, on neither side.
     assert claim.holds is holds if expected else claim.holds is not True
+
+
+def test_the_papers_metric_decides_by_the_prompts_own_pictures() -> None:
+    """Of its SSCD the paper's way decides, and the other is beside it; of similarity the nearest of all does."""
+    found = made({**CURVE, "batch_wise-1": spread(0.4, 0.35)}, ("adjustment",))
+    found.images["sscd_own"] = found.images["sscd"] - 0.1 * (found.images["point"] == "batch_wise-1")
+    assert found.copying == ("sscd_own", "sscd")
+    (claim,) = results.claims(found)
+    assert claim.estimate.value == pytest.approx(0.4) and "the paper" in claim.measured
+    assert claim.beside is not None and claim.beside.value == pytest.approx(0.3) and "nearest" in claim.beside_of
+    found.plan.document["metrics"] = ["similarity", "clip"]  # type: ignore[index]
+    found.images.rename(columns={"sscd": "similarity", "sscd_own": "similarity_own"}, inplace=True)
+    (claim,) = results.claims(found)
+    assert found.copying == ("similarity", "similarity_own") and claim.estimate.value == pytest.approx(0.3)
 
 
 def test_points_out_of_reach_do_not_count() -> None:

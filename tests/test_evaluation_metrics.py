@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lib_memnoise.lab.evaluation import metrics
 from lib_memnoise.lab.evaluation.metrics import Options
 from lib_memnoise.lab.evaluation.prompts import Prompt
+from lib_memnoise.similarity import thumbnails
 
 
 def library(name: str) -> Any:
@@ -133,7 +134,33 @@ def test_sscd(tmp_path: Path, prompt: Prompt, kind: Any) -> None:
     assert found == pytest.approx(expected, abs=1e-5)
     assert found[0] == pytest.approx(1, abs=1e-5) and found[1] < 0.9999  # the greatest over the training pictures
     assert kind(tmp_path).name in measure.source
-    assert measure([picture(1)], Prompt("no training picture")) == [None]
+    assert isinstance(measure, metrics.Nearest)
+    assert measure.both([picture(1)], Prompt("no training picture"))[1] == [None]
+
+
+def test_the_nearest_of_all_training_pictures(prompt: Prompt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks or none, each is looked at once, and the prompt's own is never nearer than the nearest."""
+    monkeypatch.setattr(metrics, "BLOCK", 2)
+    monkeypatch.setattr(metrics, "LOOKED_AT", 3)
+    names = [*prompt.references]
+    for seed in range(3, 8):
+        picture(seed).save(tmp_path / f"{seed}.png")
+        names.append(str(tmp_path / f"{seed}.png"))
+    opened = []
+    monkeypatch.setattr(metrics, "training_picture", lambda name: opened.append(name) or Image.open(name))
+    measure = metrics.similarity(Options(references=tuple(reversed(names))))
+    assert isinstance(measure, metrics.Nearest)
+    made = [picture(seed) for seed in (1, 5, 20, 2)]
+    every, own = measure.both(made, prompt)
+    assert measure.both(made, prompt) == (every, own) and sorted(opened) == sorted(names)
+    thumbs = [thumbnails(metrics.tensor([each])) for each in made]
+    known = torch.cat([thumbnails(metrics.tensor([Image.open(name)])) for name in names])
+    expected = torch.cat([each @ known.T for each in thumbs])
+    assert every == pytest.approx(expected.max(1).values.tolist(), abs=1e-6)
+    assert own == pytest.approx(expected[:, :2].max(1).values.tolist(), abs=1e-6)
+    assert every is not None and all(a >= b for a, b in zip(every, own))  # type: ignore[operator]
+    assert own[1] < 0.9 < every[1] and own[0] == every[0]  # type: ignore[operator]
+    assert measure.both(made, Prompt("none of its own"))[1] == [None] * 4
 
 
 def test_bad_onnx_files(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def validate(model: Miniature | None = None, others: int = OTHERS) -> dict[str, 
     Keys: `psnr` of the autoencoder in dB; `copy …`, the lowest similarity of a memorised picture that was changed so to
     the nearest of all memorised pictures, and with `own` to that picture; `other …`, the highest similarity of any
     other picture to any memorised one: of a memorised picture to another (`one to another`), of one whose objects are
-    elsewhere, which with `own` is that to itself;
+    elsewhere, which with `own` is that to itself; `on average` to the nearest, and with `own` to one memorised picture;
     `recall …` and `false alarms …` of the detector at a probability of 0.5; `alignment …`, as it is measured of
     generations, of real pictures with a true object and with one that is not there.
     """
@@ -59,6 +59,7 @@ def validate(model: Miniature | None = None, others: int = OTHERS) -> dict[str, 
 
     noise = torch.from_numpy(random.standard_normal(references.shape, dtype=np.float32))
     elsewhere = similarity(rendered([rearranged(scene) for scene in memorised]), references)
+    others_alike = similarity(pictures, references)
     among = similarity(references, references).fill_diagonal_(-1)
     found = {
         "psnr": float(-10 * torch.log10((coded - pictures[:200]).square().mean() / 4)),
@@ -69,7 +70,9 @@ def validate(model: Miniature | None = None, others: int = OTHERS) -> dict[str, 
         "other, memorised pictures one to another": float(among.max()),
         "other, its own objects elsewhere": float(elsewhere.max()),
         "other, its own objects elsewhere, own": float(elsewhere.diagonal().max()),
-        "other, any": float(similarity(pictures, references).max()),
+        "other, any": float(others_alike.max()),
+        "other, on average": float(others_alike.max(1).values.mean()),
+        "other, on average, own": float(others_alike.mean()),
     }
     for name, shown, count in (("real", pictures, others), ("coded", coded, 200)):
         true = torch.stack([targets(scene) for scene in scenes[:count]]).bool()

@@ -38,18 +38,18 @@ def plan_of(arguments: Namespace) -> Plan | None:
     if arguments.plan is None and not arguments.method and (arguments.run / PLAN).is_file() and not given:
         return None
     found, name = document(arguments.plan)
-    prompts = None
+    prompts = references = None
     if arguments.plan is None and (arguments.run / PLAN).is_file():
         with Run(arguments.run) as run:
             found, name = dict(run.plan.document), str(arguments.run / PLAN)
             if not {"prompts", "ground_truth", "first"} & given.keys():
-                prompts = run.plan.prompts
+                prompts, references = run.plan.prompts, run.plan.references
     if arguments.method:
         given["curves"] = [curve_of(text) for text in arguments.method]
     merged = {**found, **given}
     if "prompts" not in merged or "curves" not in merged:
         raise BadPlan("what to generate is not said: --plan, or --prompts and --method.")
-    return make(merged, name, prompts)
+    return make(merged, name, prompts, references)
 
 
 def evaluate(arguments: Namespace) -> None:

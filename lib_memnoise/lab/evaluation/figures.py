@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lib_memnoise.files import replacing
-from lib_memnoise.lab.evaluation.metrics import METRICS, references
+from lib_memnoise.lab.evaluation.metrics import label_of, metric_of, training_picture
 from lib_memnoise.lab.evaluation.plan import Curve
 from lib_memnoise.lab.evaluation.results import Results, baseline, strength_of, weight_decay
 from lib_memnoise.lab.evaluation.run import Run
@@ -52,15 +52,15 @@ def _figure(rows: int = 1, columns: int = 1, width: float = 6.0, height: float =
 
 def draw(found: Results, run: Run) -> Iterator[Drawn]:
     """Everything that the run has records for."""
-    copy = found.metric("copy")
+    copy, copying = found.metric("copy"), found.copying
     if copy is not None:
         for figure, number in (("adjustment", "4"), ("methods", "5")):
             for role, also in (("alignment", number), ("diversity", "8"), ("quality", "8")):
                 other = found.metric(role)
                 if other is not None and found.curves(figure) and (figure == "methods" or role == "alignment"):
-                    yield trade_off(found, figure, copy, other, also)
+                    yield trade_off(found, figure, f"{figure}-{copy}-{other}", copying, other, also)
         if found.kinds:
-            yield by_kind(found, copy)
+            yield by_kind(found, copying)
     yield from magnitudes(found)
     for figure, title in (("methods", "Figures 6 and 11"), ("windows", "Figure 1")):
         if found.curves(figure):
@@ -76,50 +76,60 @@ def draw(found: Results, run: Run) -> Iterator[Drawn]:
         yield cost(found)
 
 
-def trade_off(found: Results, figure: str, copy: str, other: str, number: str) -> Drawn:
-    """Copying against another metric, a line for every method, with 95 % intervals (Figures 4, 5 and 8)."""
+def trade_off(found: Results, figure: str, name: str, copying: Sequence[str], other: str, number: str) -> Drawn:
+    """Copying against another metric, a line for every method, with 95 % intervals (Figures 4, 5 and 8).
+
+    As copies are counted in several ways, side by side.
+    """
     data = found.table(figure)
-    drawn, axes = _figure()
-    ax = axes[0, 0]
-    for curve in found.curves(figure):
-        rows = data[data["curve"] == curve.name]
-        x, y = rows[other], rows[copy]
-        errors = [_errors(rows, name) for name in (other, copy)]
-        alone = len(rows) == 1
-        ax.errorbar(
-            x, y, xerr=errors[0], yerr=errors[1], label=curve.name, marker="*" if alone else "o",
-            markersize=11 if alone else 5, linewidth=1.2, elinewidth=0.6, capsize=2,
-        )  # fmt: skip
-        for strength, at in zip(rows["strength"], zip(x, y)):
-            if curve.sweep is not None and np.isfinite(at).all():
-                ax.annotate(f"{strength:g}" if isinstance(strength, (int, float)) else str(strength), at, xytext=(4, 3),
-                            textcoords="offset points", fontsize=6, color="#555")  # fmt: skip
-    ax.set_xlabel(_axis(other))
-    ax.set_ylabel(_axis(copy))
-    ax.legend(fontsize=7)
+    drawn, axes = _figure(1, len(copying), width=6.0 if len(copying) == 1 else 5.0 * len(copying))
+    for ax, copy in zip(axes[0], copying):
+        for curve in found.curves(figure):
+            _trade_off_curve(ax, data[data["curve"] == curve.name], curve, other, copy)
+        ax.set_xlabel(_axis(other))
+        ax.set_ylabel(_axis(copy))
+    axes[0, 0].legend(fontsize=7)
+    _same_range(axes[0])
     kind = "Noise as drawn and adjusted" if figure == "adjustment" else "Methods at their strengths"
-    columns = (
-        "curve",
-        "strength",
-        copy,
-        f"{copy} low",
-        f"{copy} high",
-        other,
-        f"{other} low",
-        f"{other} high",
-        "images",
-    )
-    title = f"{kind}: {METRICS[copy].label} and {METRICS[other].label} (as Figure {number})"
+    measured = [f"{column}{end}" for column in (*copying, other) for end in ("", " low", " high")]
+    title = f"{kind}: {metric_of(copying[0]).label} and {label_of(other)} (as Figure {number})"
     note = (
-        f"Lower right is better: less is copied, at more {METRICS[other].label}. Beside the points is their strength; "
-        "bars are 95 % intervals."
+        f"Lower right is better: less is copied, at more {label_of(other)}. Beside the points is their strength; "
+        f"bars are 95 % intervals. {in_words(copying)}"
     )
-    return Drawn(f"{figure}-{copy}-{other}", title, drawn, data, columns, note)
+    return Drawn(name, title, drawn, data, ("curve", "strength", *measured, "images"), note)
+
+
+def _trade_off_curve(ax: Axes, rows: pd.DataFrame, curve: Curve, other: str, copy: str) -> None:
+    x, y = rows[other], rows[copy]
+    errors = [_errors(rows, name) for name in (other, copy)]
+    alone = len(rows) == 1
+    ax.errorbar(
+        x, y, xerr=errors[0], yerr=errors[1], label=curve.name, marker="*" if alone else "o",
+        markersize=11 if alone else 5, linewidth=1.2, elinewidth=0.6, capsize=2,
+    )  # fmt: skip
+    for strength, at in zip(rows["strength"], zip(x, y)):
+        if curve.sweep is not None and np.isfinite(at).all():
+            ax.annotate(f"{strength:g}" if isinstance(strength, (int, float)) else str(strength), at, xytext=(4, 3),
+                        textcoords="offset points", fontsize=6, color="#555")  # fmt: skip
+
+
+def _same_range(axes: Sequence[Axes]) -> None:
+    low, high = zip(*(ax.get_ylim() for ax in axes))
+    for ax in axes:
+        ax.set_ylim(min(low), max(high))
+
+
+def in_words(copying: Sequence[str]) -> str:
+    """Which training pictures likeness is to."""
+    if len(copying) > 1:
+        way = "the paper's way" if metric_of(copying[0]).of_the_paper else "the headline"
+        return f"Likeness is to the nearest of all training pictures and to the prompt's own, {way} first."
+    return f"It is {label_of(copying[0])} alone; evaluate measures what is missing." if copying else ""
 
 
 def _axis(name: str) -> str:
-    metric = METRICS[name]
-    return f"{metric.label} ({'lower' if metric.lower_is_better else 'higher'} is better)"
+    return f"{label_of(name)} ({'lower' if metric_of(name).lower_is_better else 'higher'} is better)"
 
 
 def _errors(rows: pd.DataFrame, name: str) -> NDArray[np.float64]:
@@ -128,23 +138,27 @@ def _errors(rows: pd.DataFrame, name: str) -> NDArray[np.float64]:
     return np.clip(np.nan_to_num(errors), 0, None)
 
 
-def by_kind(found: Results, copy: str) -> Drawn:
+def by_kind(found: Results, copying: Sequence[str]) -> Drawn:
     """Copying of verbatim and of template prompts, apart."""
     data = found.table("methods")
-    columns = [f"{copy} {kind}" for kind in found.kinds]
-    drawn, axes = _figure(height=0.32 * len(data) + 1.2)
-    ax = axes[0, 0]
-    names = [label_of(row) for _, row in data.iterrows()]
-    for k, column in enumerate(columns):
-        ax.barh(np.arange(len(data)) + 0.8 * k / len(columns), data[column], height=0.8 / len(columns),
-                xerr=_errors(data, column), error_kw={"elinewidth": 0.6}, label=_kind(found.kinds[k]))  # fmt: skip
-    ax.set_yticks(np.arange(len(data)) + 0.4 - 0.4 / len(columns), names, fontsize=7)
-    ax.invert_yaxis()
-    ax.set_xlabel(_axis(copy))
-    ax.legend(fontsize=7)
-    shown = ("curve", "strength", *(f"{column}{end}" for column in columns for end in ("", " low", " high")))
-    title = f"{METRICS[copy].label}, kinds of prompts apart"
-    return Drawn("kinds", title, drawn, data[list(shown)], shown, " ".join(_KINDS.get(k, "") for k in found.kinds))
+    drawn, axes = _figure(1, len(copying), width=6.0 if len(copying) == 1 else 5.0 * len(copying),
+                          height=0.32 * len(data) + 1.2)  # fmt: skip
+    for ax, copy in zip(axes[0], copying):
+        for k, kind in enumerate(found.kinds):
+            column, count = f"{copy} {kind}", len(found.kinds)
+            ax.barh(np.arange(len(data)) + 0.8 * k / count, data[column], height=0.8 / count,
+                    xerr=_errors(data, column), error_kw={"elinewidth": 0.6}, label=_kind(kind))  # fmt: skip
+        ax.set_yticks([])
+        ax.invert_yaxis()
+        ax.set_xlabel(_axis(copy))
+    names = [label_of_point(row) for _, row in data.iterrows()]
+    axes[0, 0].set_yticks(np.arange(len(data)) + 0.4 - 0.4 / len(found.kinds), names, fontsize=7)
+    axes[0, 0].legend(fontsize=7)
+    columns = [f"{copy} {kind}{end}" for copy in copying for kind in found.kinds for end in ("", " low", " high")]
+    shown = ("curve", "strength", *columns)
+    title = f"{metric_of(copying[0]).label}, kinds of prompts apart"
+    note = " ".join([*(_KINDS.get(kind, "") for kind in found.kinds), in_words(copying)])
+    return Drawn("kinds", title, drawn, data[list(shown)], shown, note)
 
 
 _KINDS = {
@@ -160,7 +174,7 @@ def _kind(name: str) -> str:
     return {"VM": "verbatim (VM)", "TM": "template (TM)"}.get(name, f"type {name}")
 
 
-def label_of(row: pd.Series) -> str:
+def label_of_point(row: pd.Series) -> str:
     """A point's name: its curve and strength."""
     if row["strength"] is None:
         return str(row["curve"])
@@ -299,7 +313,7 @@ def grid(found: Results, run: Run, figure: str, title: str) -> Drawn:
         prompt = found.plan.prompts[number]
         row[0].set_title(_short(prompt.caption, 24), fontsize=6)
         try:
-            _show(row[0], references(prompt)[0])
+            _show(row[0], training_picture(prompt.references[0]))
         except (OSError, IndexError):
             row[0].text(0.5, 0.5, "no training\npicture", ha="center", va="center", fontsize=6)
         for ax, (key, label) in zip(row[1:], shown):

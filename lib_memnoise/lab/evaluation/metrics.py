@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from lib_memnoise.lab.evaluation.prompts import MINIATURE, Prompt
-from lib_memnoise.lab.evaluation.run import Run
+from lib_memnoise.lab.evaluation.run import NEAREST, Run, columns_of
 
 Pictures = Sequence[Image.Image]
 Values = Sequence[float | None]
@@ -53,6 +53,8 @@ class Options:
     imagereward: str = "ImageReward-v1.0"
     """A file, or the name of what the library downloads."""
     device: str = "cpu"
+    references: tuple[str, ...] = ()
+    """All training pictures, as `Prompt.references` names them."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Metric:
     """"copy": likeness to the training picture; "alignment", "diversity", "quality"."""
     lower_is_better: bool
     make: Callable[[Options], Measure]
+    of_the_paper: bool = False
+    """Of copying: the paper measures it, of the prompt's own training pictures, and its figures are drawn of these."""
 
 
 def squashed(pictures: Pictures, size: int) -> Tensor:
@@ -76,22 +80,18 @@ def squashed(pictures: Pictures, size: int) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float()
 
 
-def references(prompt: Prompt) -> list[Image.Image]:
-    """The prompt's training pictures.
+def training_picture(name: str) -> Image.Image:
+    """A training picture, by its name in `Prompt.references`.
 
     Raises:
-        OSError: one cannot be read.
+        OSError: it cannot be read.
     """
-    found = []
-    for name in prompt.references:
-        if name.startswith(f"{MINIATURE}:"):
-            from lib_memnoise.lab.study import references as memorised
+    if name.startswith(f"{MINIATURE}:"):
+        from lib_memnoise.lab.study import references as memorised
 
-            found.append(Image.fromarray(memorised()[int(name.partition(":")[2])]))
-        else:
-            with Image.open(name) as picture:
-                found.append(picture.convert("RGB"))
-    return found
+        return Image.fromarray(memorised()[int(name.partition(":")[2])])
+    with Image.open(name) as picture:
+        return picture.convert("RGB")
 
 
 def digest(path: Path) -> str:
@@ -104,20 +104,73 @@ def digest(path: Path) -> str:
 
 
 class Nearest:
-    """The greatest likeness to any training picture of the prompt (the paper: SSCD, cosine, maximum)."""
+    """The greatest likeness to a training picture: of the prompt's own (the paper: SSCD, cosine, maximum), and of all.
 
-    def __init__(self, source: str, features: Callable[[Pictures], Tensor]) -> None:
+    Each training picture's features are computed once; likeness is a product of matrices, a block of pictures at once.
+    """
+
+    def __init__(self, source: str, features: Callable[[Pictures], Tensor], references: Sequence[str] = ()) -> None:
         self.source = source
         self._features = features
-        self._known: tuple[Prompt, Tensor] | None = None
+        self._references = references
+        self._rows: dict[str, int] = {}
+        self._known: list[Tensor] = []
+        """Blocks of features, `(≤ BLOCK, d)`, by row."""
+        self.unread: OSError | None = None
+        """Why not all training pictures are known."""
 
     def __call__(self, pictures: Pictures, prompt: Prompt) -> Values:
-        if not prompt.references:
-            return [None] * len(pictures)
-        if self._known is None or self._known[0] != prompt:
-            self._known = prompt, normalised(self._features(references(prompt)))
-        likeness = normalised(self._features(pictures)) @ self._known[1].T
-        return [float(value) for value in likeness.max(1).values]
+        """Of all training pictures."""
+        return self.both(pictures, prompt)[0] or [None] * len(pictures)
+
+    def both(self, pictures: Pictures, prompt: Prompt) -> tuple[Values | None, Values]:
+        """Of all training pictures (None: one of them cannot be read), and of the prompt's own.
+
+        Raises:
+            OSError: one of the prompt's own cannot be read.
+        """
+        own = self._look_at(prompt.references)
+        if self.unread is None:
+            try:
+                self._look_at(self._references)
+            except OSError as error:
+                self.unread = error
+        nothing: Values = [None] * len(pictures)
+        if not self._rows:
+            return (nothing if self.unread is None else None), nothing
+        features = normalised(self._features(pictures))
+        nearest, nearest_own = torch.full((2, len(pictures)), -torch.inf)
+        start = 0
+        for block in self._known:
+            # The same product for both, or rounding could make the one less than the other.
+            likeness = features @ block.T
+            nearest = torch.maximum(nearest, likeness.max(1).values)
+            mine = [row - start for row in own if start <= row < start + len(block)]
+            if mine:
+                nearest_own = torch.maximum(nearest_own, likeness[:, mine].max(1).values)
+            start += len(block)
+        return None if self.unread is not None else nearest.tolist(), nearest_own.tolist() if own else nothing
+
+    def _look_at(self, names: Sequence[str]) -> list[int]:
+        """The rows of these training pictures; what is not known yet of them is computed.
+
+        Raises:
+            OSError: one cannot be read.
+        """
+        new = [name for name in dict.fromkeys(names) if name not in self._rows]
+        for start in range(0, len(new), LOOKED_AT):
+            some = new[start : start + LOOKED_AT]
+            self._known.append(normalised(self._features([training_picture(name) for name in some])))
+            self._rows |= {name: len(self._rows) + k for k, name in enumerate(some)}
+        if new:
+            self._known = list(torch.cat(self._known).split(BLOCK))
+        return [self._rows[name] for name in names]
+
+
+LOOKED_AT, BLOCK = 16, 4096
+"""Training pictures whose features are computed at once, and whose likeness is."""
+MANY = 500
+"""Training pictures that are worth a word."""
 
 
 def normalised(features: Tensor) -> Tensor:
@@ -132,7 +185,7 @@ def sscd(options: Options) -> Measure:
     if not path.is_file():
         raise Unavailable(f"{path} is no file")
     network = _onnx(path, options.device) if path.suffix.lower() == ".onnx" else _torchscript(path, options.device)
-    return Nearest(digest(path), lambda pictures: network(squashed(pictures, 320)))
+    return Nearest(digest(path), lambda pictures: network(squashed(pictures, 320)), options.references)
 
 
 def _torchscript(path: Path, device: str) -> Callable[[Tensor], Tensor]:
@@ -160,11 +213,15 @@ def _onnx(path: Path, device: str) -> Callable[[Tensor], Tensor]:
     return lambda pictures: torch.from_numpy(session.run(None, {name: pictures.numpy()})[0])
 
 
-def similarity(_: Options) -> Measure:
+def similarity(options: Options) -> Measure:
     """Correlation of blurred pictures: needs no weights, and sees no more than whole copies."""
     from lib_memnoise.similarity import thumbnails
 
-    return Nearest("correlation of blurred pictures", lambda pictures: thumbnails(tensor(pictures)))
+    def features(pictures: Pictures) -> Tensor:
+        # Each in its own shape.
+        return torch.cat([thumbnails(tensor([picture])) for picture in pictures])
+
+    return Nearest("correlation of blurred pictures", features, options.references)
 
 
 def tensor(pictures: Pictures) -> Tensor:
@@ -280,15 +337,30 @@ class Reward:
 
 
 METRICS: dict[str, Metric] = {
-    "sscd": Metric("SSCD", "copy", True, sscd),
+    "sscd": Metric("SSCD", "copy", True, sscd, of_the_paper=True),
     "clip": Metric("CLIP score", "alignment", False, Clip),
     "lpips": Metric("LPIPS", "diversity", False, lpips),
     "imagereward": Metric("ImageReward", "quality", False, Reward),
-    "similarity": Metric("similarity to the training picture", "copy", True, similarity),
+    "similarity": Metric("similarity", "copy", True, similarity),
     "alignment": Metric("alignment with the caption", "alignment", False, Alignment),
     "diversity": Metric("diversity", "diversity", False, diversity),
 }
 """Every metric by its name in a plan."""
+
+
+def metric_of(column: str) -> Metric:
+    """The metric whose measures are kept under this name."""
+    return METRICS[next(name for name in METRICS if column in columns_of(name))]
+
+
+def label_of(column: str) -> str:
+    """A column of measures, as figures and tables call it."""
+    metric = metric_of(column)
+    if metric.role != "copy":
+        return metric.label
+    if column in NEAREST:
+        return f"{metric.label} to the nearest of all"
+    return f"{metric.label} to the prompt's own{', the paper' if metric.of_the_paper else ''}"
 
 
 @contextlib.contextmanager
@@ -311,6 +383,7 @@ def measure(
         The metrics that cannot be had, each with the reason.
     """
     absent: dict[str, str] = {}
+    options = replace(options, references=run.plan.references)
     for name in run.plan.metrics:
         # With weights that are named again, it is looked whether they are the same.
         named = getattr(options, name, None) != getattr(Options(), name, None)
@@ -327,8 +400,11 @@ def measure(
             lines = str(error).strip().splitlines()
             absent[name] = f"its weights cannot be loaded ({type(error).__name__}: {lines[0] if lines else ''})"
         else:
-            if run.measured_with(name, measured.source):
+            changed = [run.measured_with(column, measured.source) for column in columns_of(name)]
+            if any(changed):
                 say(f"{name} is measured anew, with {measured.source}.")
+            if isinstance(measured, Nearest) and len(run.plan.references) > MANY:
+                say(f"{name}: {len(run.plan.references)} training pictures are looked at first.")
             _measure_with(name, measured, run, progress, say)
         if name in absent:
             say(f"{name} is not measured: {absent[name]}.")
@@ -352,9 +428,20 @@ def _measure_with(
         if not pictures:
             continue
         try:
-            values = measured(list(pictures.values()), run.plan.prompts[prompt])
+            columns = _columns(name, measured, list(pictures.values()), run.plan.prompts[prompt])
         except OSError as error:
             say(f"{name} of prompt {prompt} is not measured: a training picture cannot be read ({error}).")
             continue
-        run.measure(name, point, prompt, dict(zip(pictures, values)))
+        for column, values in columns.items():
+            run.measure(column, point, prompt, dict(zip(pictures, values)))
         progress(len(pictures))
+    if isinstance(measured, Nearest) and measured.unread is not None:
+        say(f"{name} to the nearest of all is not measured: a training picture cannot be read ({measured.unread}).")
+
+
+def _columns(name: str, measured: Measure, pictures: Pictures, prompt: Prompt) -> dict[str, Values]:
+    """What is measured, by the names under which it is kept."""
+    if not isinstance(measured, Nearest):
+        return {name: measured(pictures, prompt)}
+    nearest, own = measured.both(pictures, prompt)
+    return {f"{name}_own": own} | ({} if nearest is None else {name: nearest})

@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import yaml
 
-from lib_memnoise.lab.evaluation.prompts import Prompt, read
+from lib_memnoise.lab.evaluation.prompts import Prompt, read, training_pictures
 from lib_memnoise.miniature import OneSentence
 from lib_memnoise.settings import SettingError, from_mapping, from_text
 
@@ -157,6 +157,8 @@ class Plan:
     prompts: tuple[Prompt, ...]
     points: Mapping[str, Point]
     curves: tuple[Curve, ...] = field(default=())
+    references: tuple[str, ...] = field(default=())
+    """All training pictures, also those of no prompt of the plan: a copy of any is a copy."""
 
     def __getattr__(self, name: str) -> Any:
         """`images`, `batch`, `seed`, `sampler`, `steps`, …: see DEFAULTS."""
@@ -284,8 +286,13 @@ def _unprefixed(error: SettingError) -> str:
     return str(error).removeprefix("memnoise: ")
 
 
-def make(given: Mapping[str, Any], name: str = "the plan", prompts: Sequence[Prompt] | None = None) -> Plan:
-    """A plan from its document; `prompts` instead of those that the document names.
+def make(
+    given: Mapping[str, Any],
+    name: str = "the plan",
+    prompts: Sequence[Prompt] | None = None,
+    references: Sequence[str] | None = None,
+) -> Plan:
+    """A plan from its document; `prompts` and `references` instead of those that the document names.
 
     Raises:
         BadPlan, BadPrompts: it cannot be used; where and why.
@@ -295,9 +302,12 @@ def make(given: Mapping[str, Any], name: str = "the plan", prompts: Sequence[Pro
         where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem.path).lstrip(".")
         raise BadPlan(f"{name}{', ' if where else ''}{where}: {problem.message}.")
     full = {**DEFAULTS, **given}
+    ground_truth = Path(full["ground_truth"]) if full.get("ground_truth") else None
+    every = read(full["prompts"], ground_truth) if prompts is None else prompts
     if prompts is None:
-        prompts = read(full["prompts"], Path(full["ground_truth"]) if full.get("ground_truth") else None)
-        prompts = prompts[: full.get("first")]
+        prompts = every[: full.get("first")]
+    if references is None:
+        references = training_pictures(every, full["prompts"], ground_truth)
     seen: set[str] = set()
     # `add` returns None: the first caption that is there already.
     twice = next((p.caption for p in prompts if p.caption in seen or seen.add(p.caption)), None)  # type: ignore[func-returns-value]
@@ -316,7 +326,7 @@ def make(given: Mapping[str, Any], name: str = "the plan", prompts: Sequence[Pro
     for metric in full["metrics"]:
         if metric not in METRICS:
             raise BadPlan(f"{name}, metrics: {metric!r} is not known; known are {', '.join(METRICS)}.")
-    return Plan(full, tuple(prompts), points, tuple(curves))
+    return Plan(full, tuple(prompts), points, tuple(curves), tuple(references))
 
 
 def _curve(entry: Mapping[str, Any], prompts: int, images: int, points: dict[str, Point], name: str) -> Curve:

@@ -7,9 +7,12 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib_memnoise.miniature import OneSentence
+
+if TYPE_CHECKING:
+    from lib_memnoise.miniature import scenes
 
 MINIATURE = "miniature"
 """Instead of a file: the miniature's held-out memorised captions."""
@@ -61,6 +64,27 @@ def read(source: str, ground_truth: Path | None = None) -> list[Prompt]:
         if not any(prompt.references for prompt in found):
             raise BadPrompts(f"{ground_truth} has no pictures for any prompt; it must have a folder for every Index.")
     return found
+
+
+def training_pictures(prompts: Sequence[Prompt], source: str, ground_truth: Path | None = None) -> tuple[str, ...]:
+    """All training pictures that are known, each once, as `Prompt.references` names them.
+
+    Args:
+        prompts, source, ground_truth: what `read` found, and where. Pictures of other captions count too: of a folder
+            of ground truth all, of the miniature all that it memorised.
+    """
+    found = dict.fromkeys(name for prompt in prompts for name in prompt.references)
+    if source == MINIATURE:
+        found |= dict.fromkeys(_name(row) for row in range(len(_memorised())))
+    if ground_truth is not None and ground_truth.is_dir():
+        folders = sorted(path for path in ground_truth.iterdir() if path.is_dir())
+        found |= dict.fromkeys(name for folder in folders for name in _pictures(folder))
+    return tuple(found)
+
+
+def _pictures(folder: Path) -> tuple[str, ...]:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+    return tuple(str(file.resolve()) for file in files)
 
 
 def _from_csv(path: Path, lines: Sequence[str]) -> Iterator[Prompt]:
@@ -127,16 +151,22 @@ def _with_ground_truth(prompt: Prompt, folder: Path) -> Prompt:
     if not prompt.index:
         return prompt
     own = folder / prompt.index
-    files = sorted(file for file in own.iterdir() if file.suffix.lower() in PICTURES) if own.is_dir() else []
-    return Prompt(prompt.caption, prompt.index, prompt.kind, tuple(str(file.resolve()) for file in files))
+    return Prompt(prompt.caption, prompt.index, prompt.kind, _pictures(own) if own.is_dir() else ())
+
+
+def _memorised() -> list[scenes.Prompt]:
+    from lib_memnoise.miniature.scenes import prompts
+
+    return [prompt for prompt in prompts() if prompt.memorised]
+
+
+def _name(row: int) -> str:
+    return f"{MINIATURE}:{row}"
 
 
 def _of_the_miniature() -> list[Prompt]:
-    from lib_memnoise.miniature.scenes import prompts
-
-    memorised = [prompt for prompt in prompts() if prompt.memorised]
     return [
-        Prompt(prompt.caption, str(row), prompt.kind, (f"{MINIATURE}:{row}",))
-        for row, prompt in enumerate(memorised)
+        Prompt(prompt.caption, str(row), prompt.kind, (_name(row),))
+        for row, prompt in enumerate(_memorised())
         if prompt.held_out
     ]

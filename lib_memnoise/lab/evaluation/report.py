@@ -15,8 +15,8 @@ import pandas as pd
 
 from lib_memnoise import __version__
 from lib_memnoise.files import replacing
-from lib_memnoise.lab.evaluation.figures import Drawn, draw, label_of, save
-from lib_memnoise.lab.evaluation.metrics import METRICS
+from lib_memnoise.lab.evaluation.figures import Drawn, draw, label_of_point, save
+from lib_memnoise.lab.evaluation.metrics import METRICS, label_of, metric_of
 from lib_memnoise.lab.evaluation.results import CLAIMS, Claim, Estimate, Results, claims, compared, overall, results
 from lib_memnoise.lab.evaluation.run import Run
 
@@ -78,9 +78,9 @@ def report(run: Run, absent: dict[str, str] | None = None) -> tuple[Results, lis
         )
     save(Drawn("images", "", None, found.images), folder)
     page = _environment().get_template("report.html.jinja").render(
-        version=__version__, plan=found.plan, source=found.source, metrics=found.metrics, labels=METRICS,
+        version=__version__, plan=found.plan, source=found.source, metrics=_measured(found), labels=METRICS,
         absent=found.absent, claims=grouped(judged), verdicts=VERDICTS, parts=parts, found=found,
-        prompts=len(found.plan.prompts),
+        prompts=len(found.plan.prompts), unknown=[nearest_is_unknown(name) for name in found.unknown_nearest],
     )  # fmt: skip
     path = run.folder / PAGE
     with replacing(path) as partial:
@@ -99,7 +99,18 @@ def plain(claim: Claim) -> dict[str, Any]:
         return None if isinstance(value, float) and math.isnan(value) else value
 
     content = {**asdict(claim), "holds": claim.holds}
-    return {**content, "estimate": {name: known(value) for name, value in content["estimate"].items()}}
+    for name in ("estimate", "beside"):
+        if content[name] is not None:
+            content[name] = {key: known(value) for key, value in content[name].items()}
+    return content
+
+
+def _measured(found: Results) -> list[tuple[str, str, str]]:
+    """What was measured: label, what is better, with what."""
+    return [
+        (label_of(column), "lower" if metric_of(column).lower_is_better else "higher", source)
+        for column, source in found.metrics.items()
+    ]
 
 
 VERDICTS = {True: "holds", False: "does not hold", None: "is not shown"}
@@ -128,7 +139,7 @@ def text(found: Results, judged: Sequence[Claim]) -> str:
     if len(data) and names:
         lines.append(f"{'':42}" + "".join(f"{name:>26}" for name in names) + f"{'rows':>9}")
         for _, row in data.iterrows():
-            label = label_of(row)
+            label = label_of_point(row)
             cells = [
                 str(Estimate(row[name], row[f"{name} low"], row[f"{name} high"], len(found.plan.prompts)))
                 for name in names
@@ -140,7 +151,8 @@ def text(found: Results, judged: Sequence[Claim]) -> str:
             continue
         lines.append(f"({group['number']}) {group['claim']}: {VERDICTS[group['holds']]}.")
         for part in group["parts"]:
-            lines.append(f"    {VERDICTS[part.holds]:14} {part.estimate!s:26} {part.claim} ({part.measured})")
+            beside = "" if part.beside is None else f"; {part.beside_of}: {part.beside}"
+            lines.append(f"    {VERDICTS[part.holds]:14} {part.estimate!s:26} {part.claim} ({part.measured}{beside})")
     lines += ["", *notes(found)]
     return "\n".join(lines)
 
@@ -157,8 +169,16 @@ def notes(found: Results) -> list[str]:
         lines.append(f"{found.failed} images could not be mitigated, and are left out.")
     if any(claim.holds is None for claim in claims(found)):
         lines.append("What is not shown has an interval on both sides of the claim: more prompts would decide it.")
+    lines += [nearest_is_unknown(name) for name in found.unknown_nearest]
     lines += [f"{name} is not measured: {reason}." for name, reason in found.absent.items()]
     return lines
+
+
+def nearest_is_unknown(name: str) -> str:
+    return (
+        f"{name} is measured of the prompts' own training pictures alone: copies of others are not counted until "
+        "evaluate measures them."
+    )
 
 
 def comparison(a: Run, b: Run) -> pd.DataFrame:

@@ -18,9 +18,9 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
 from lib_memnoise.guidance import transition_point
-from lib_memnoise.lab.evaluation.metrics import METRICS
+from lib_memnoise.lab.evaluation.metrics import METRICS, label_of
 from lib_memnoise.lab.evaluation.plan import Curve, Plan
-from lib_memnoise.lab.evaluation.run import Run
+from lib_memnoise.lab.evaluation.run import NEAREST, Run, columns_of
 
 RESAMPLES = 2000
 COUNTS = ("rows", "backward_rows", "before", "after", "norm", "seconds", "memory")
@@ -100,6 +100,10 @@ class Claim:
     needed: float
     """The number must be above it, or with `below` below it."""
     below: bool = False
+    beside: Estimate | None = None
+    """The number if copies are counted the other way (see `Results.copying`), where they can be."""
+    beside_of: str = ""
+    """Which way that is."""
 
     @property
     def holds(self) -> bool | None:
@@ -134,9 +138,30 @@ class Results:
     """Metrics of the plan that could not be had, and why."""
 
     def metric(self, role: str) -> str | None:
-        """The metric of a role ("copy", "alignment", …) that the run has, the first in the plan's order."""
-        every = (name for name in self.plan.metrics if METRICS[name].role == role and name in self.images)
-        return next((name for name in every if self.images[name].notna().any()), None)
+        """The metric of a role ("alignment", …) that the run has, the first in the plan's order."""
+        every = (name for name in self.plan.metrics if METRICS[name].role == role)
+        return next((name for name in every if any(map(self.has, columns_of(name)))), None)
+
+    def has(self, column: str) -> bool:
+        return column in self.images and bool(self.images[column].notna().any())
+
+    @property
+    def copying(self) -> tuple[str, ...]:
+        """How the first metric of copying that the run has was measured, what decides first.
+
+        What decides is likeness to the nearest of all training pictures, for a copy of another prompt's is one; but of
+        the paper's own metric likeness to the prompt's own, as the paper has it.
+        """
+        name = self.metric("copy")
+        if name is None:
+            return ()
+        every = reversed(columns_of(name)) if METRICS[name].of_the_paper else columns_of(name)
+        return tuple(column for column in every if self.has(column))
+
+    @property
+    def unknown_nearest(self) -> list[str]:
+        """Metrics measured of the prompts' own training pictures alone, as old runs are."""
+        return [name for name in NEAREST if self.has(f"{name}_own") and not self.has(name)]
 
     def prompt_means(self, point: str, name: str, kind: str | None = None) -> Values:
         """The mean of a column for every prompt of the plan, `(P,)`; NaN where there is none."""
@@ -353,7 +378,7 @@ def weight_decay(found: Results) -> pd.DataFrame:
             row["JSD"] = divergence(norms, size) if len(norms) else math.nan
             row["JSD as drawn"] = divergence(_lengths(len(norms), size, DRAWS), size) if len(norms) else math.nan
             row["‖x‖/√d"] = float(norms.mean()) if len(norms) else math.nan
-            rows.append(row | {METRICS[name].label: found.estimate(point, name).value for name in found.metrics})
+            rows.append(row | {label_of(name): found.estimate(point, name).value for name in found.metrics})
     return pd.DataFrame(rows)
 
 
@@ -362,21 +387,21 @@ def weight_decay(found: Results) -> pd.DataFrame:
 
 def claims(found: Results) -> list[Claim]:
     """What this run says of each of the paper's claims."""
-    copy, alignment = found.metric("copy"), found.metric("alignment")
+    copying, alignment = found.copying, found.metric("alignment")
     made: list[Claim] = []
-    if copy is not None and alignment is not None:
-        made += _adjustment(found, copy, alignment)
+    if copying and alignment is not None:
+        made += _adjustment(found, copying, alignment)
     made += _transitions(found)
-    if copy is not None and alignment is not None:
-        made += _ordering(found, copy, alignment)
+    if copying and alignment is not None:
+        made += _ordering(found, copying, alignment)
     return made
 
 
 def _at_equal_alignment(
-    found: Results, number: int, claim: str, ours: Curve, theirs: Curve, copy: str, alignment: str
+    found: Results, number: int, claim: str, ours: Curve, theirs: Curve, copying: Sequence[str], alignment: str
 ) -> Claim:
-    gained, points = difference(found, ours, theirs, copy, alignment)
-    measured = f"{METRICS[copy].label} of “{theirs.name}” less that of “{ours.name}”, at the alignment of "
+    gained, points = difference(found, ours, theirs, copying[0], alignment)
+    measured = f"{label_of(copying[0])}: that of “{theirs.name}” less that of “{ours.name}”, at the alignment of "
     count = len(ours.points)
     if not points:
         measured += f"its {count} strengths: “{theirs.name}” does not reach any"
@@ -384,17 +409,21 @@ def _at_equal_alignment(
         measured += (
             f"its {count} strengths" if points == count else f"the {points} of its {count} strengths within reach"
         )
-    return Claim(number, claim, measured, gained, 0.0)
+    part = Claim(number, claim, measured, gained, 0.0)
+    for column in copying[1:]:
+        beside, _ = difference(found, ours, theirs, column, alignment)
+        part = replace(part, beside=beside, beside_of=label_of(column))
+    return part
 
 
-def _adjustment(found: Results, copy: str, alignment: str) -> list[Claim]:
+def _adjustment(found: Results, copying: Sequence[str], alignment: str) -> list[Claim]:
     curves = found.curves("adjustment")
     adjusted = next((curve for curve in curves if curve.method == "batch_wise"), None)
     plain = next((curve for curve in curves if curve.method == "static"), None)
     if adjusted is None or plain is None:
         return []
     claim = "From adjusted noise less is copied"
-    return [_at_equal_alignment(found, 1, claim, adjusted, plain, copy, alignment)]
+    return [_at_equal_alignment(found, 1, claim, adjusted, plain, copying, alignment)]
 
 
 def _transitions(found: Results) -> list[Claim]:
@@ -429,7 +458,7 @@ def _transitions(found: Results) -> list[Claim]:
     return made
 
 
-def _ordering(found: Results, copy: str, alignment: str) -> list[Claim]:
+def _ordering(found: Results, copying: Sequence[str], alignment: str) -> list[Claim]:
     """Figure 5: per-sample against every other method, and batch-wise against cross-attention scaling."""
     curves = found.curves("methods")
     made = []
@@ -438,12 +467,12 @@ def _ordering(found: Results, copy: str, alignment: str) -> list[Claim]:
         for other in curves:
             if other.method not in ("per_sample", "none"):
                 claim = f"Per-sample copies less than “{other.name}”"
-                made.append(_at_equal_alignment(found, 4, claim, ours, other, copy, alignment))
+                made.append(_at_equal_alignment(found, 4, claim, ours, other, copying, alignment))
     batch = next((curve for curve in curves if curve.method == "batch_wise"), None)
     scaling = next((curve for curve in curves if curve.method == "cross_attention"), None)
     if batch is not None and scaling is not None:
         claim = f"Batch-wise copies less than “{scaling.name}”, or as little"
-        part = _at_equal_alignment(found, 4, claim, batch, scaling, copy, alignment)
+        part = _at_equal_alignment(found, 4, claim, batch, scaling, copying, alignment)
         made.append(replace(part, needed=-COMPARABLE, measured=f"{part.measured}; above −{COMPARABLE} is needed"))
     return made
 

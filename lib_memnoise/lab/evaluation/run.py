@@ -28,9 +28,16 @@ from lib_memnoise.lab.evaluation.prompts import Prompt
 from lib_memnoise.miniature import OneSentence
 
 PLAN, PROMPTS, SOURCE, DATABASE, LOCK = "plan.json", "prompts.jsonl", "source.json", "records.sqlite", "lock"
+REFERENCES = "references.json"
+"""Names of all training pictures; runs of version 0.1.0 have none."""
+_FIRST = (LOCK, PROMPTS, REFERENCES)
+"""What a run writes before its plan."""
+NEAREST = ("sscd", "similarity")
+"""Metrics of copying. Under their name: of the nearest of all training pictures; with `_own`: of the prompt's own."""
 CHUNK = "memnoise"
 """The PNG's text chunk that holds the record."""
-FORMAT = 1
+OLD, FORMAT = 1, 2
+"""The old one, version 0.1.0's: the prompts' own training pictures alone, likeness to these under the metric's name."""
 TABLES = """
 create table if not exists images (
     point text, prompt integer, image integer, seed integer, record text,
@@ -40,6 +47,11 @@ create table if not exists measures (
     primary key (point, prompt, image, metric)) without rowid;
 create table if not exists metrics (metric text primary key, source text);
 """
+
+
+def columns_of(metric: str) -> tuple[str, ...]:
+    """The names under which a metric's measures are kept."""
+    return (metric, f"{metric}_own") if metric in NEAREST else (metric,)
 
 
 class BadRun(OneSentence):
@@ -123,16 +135,20 @@ class Run:
     def _open(self) -> None:
         try:
             stored = json.loads((self.folder / PLAN).read_text(encoding="utf-8"))
-            if stored["format"] != FORMAT:
+            if stored["format"] not in (OLD, FORMAT):
                 raise BadRun(f"{self.folder} was written by another memnoise ({stored['version']}).")
             lines = (self.folder / PROMPTS).read_text(encoding="utf-8").splitlines()
             prompts = tuple(
                 Prompt(**{**json.loads(line), "references": tuple(json.loads(line)["references"])}) for line in lines
             )
+            references = None
+            if (self.folder / REFERENCES).exists():
+                references = tuple(json.loads((self.folder / REFERENCES).read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise BadRun(f"{self.folder} is damaged: {PLAN} or {PROMPTS} cannot be read ({error}).") from None
         # With the prompts that were stored beside it, not those that its files may have now.
-        self.plan = make(stored["plan"], prompts=prompts)
+        self.plan = make(stored["plan"], prompts=prompts, references=references)
+        self._old = stored["format"] == OLD
         path = self.folder / DATABASE
         if self._lock is None and not path.exists():
             path = Path(":memory:")
@@ -140,6 +156,22 @@ class Run:
         self._turn = threading.RLock()
         with self._writing():
             self._database.executescript("pragma journal_mode = wal; pragma synchronous = normal;" + TABLES)
+        if self._old and self._lock is not None:
+            self._renew()
+
+    def _renew(self) -> None:
+        """What the old format measured of the prompts' own pictures gets the name that this has now."""
+        with self._writing():
+            for table in ("measures", "metrics"):
+                self._database.executemany(
+                    f"update or replace {table} set metric = ? where metric = ?",
+                    [(f"{name}_own", name) for name in NEAREST],
+                )
+        self._write_plan(self.folder, self.plan)
+        self._old = False
+
+    def _known_as(self, metric: str) -> str:
+        return f"{metric}_own" if self._old and metric in NEAREST else metric
 
     @classmethod
     def begin(cls, folder: Path, plan: Plan) -> Run:
@@ -152,7 +184,7 @@ class Run:
         if (
             folder.is_dir()
             and not (folder / PLAN).exists()
-            and any(file.name not in (LOCK, PROMPTS) and file.suffix != ".partial" for file in folder.iterdir())
+            and any(file.name not in _FIRST and file.suffix != ".partial" for file in folder.iterdir())
         ):
             raise BadRun(f"{folder} has other files in it; a new run takes an empty folder.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,6 +209,8 @@ class Run:
         lines = [json.dumps(asdict(prompt), ensure_ascii=False) for prompt in plan.prompts]
         with replacing(folder / PROMPTS) as partial:
             partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with replacing(folder / REFERENCES) as partial:
+            partial.write_text(json.dumps(plan.references, indent=0, ensure_ascii=False), encoding="utf-8")
         text = json.dumps({"format": FORMAT, "version": __version__, "plan": dict(plan.document)}, indent=1)
         with replacing(folder / PLAN) as partial:
             partial.write_text(text, encoding="utf-8")
@@ -192,6 +226,9 @@ class Run:
         changed = [(number,) for number, (had, given) in pairs if had.references != given.references]
         with self._writing():
             self._database.executemany("delete from measures where prompt = ?", changed)
+            if set(self.plan.references) != set(plan.references):
+                # The nearest may be another now, of any prompt.
+                self._database.executemany("delete from measures where metric = ?", [(name,) for name in NEAREST])
         self._write_plan(self.folder, plan)
         self.plan = plan
 
@@ -357,8 +394,9 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, str]:
-        """The metrics that measured something, and with what."""
-        return dict(self._database.execute("select metric, source from metrics"))
+        """The metrics that measured something, by the names of their measures, and with what."""
+        found = self._database.execute("select metric, source from metrics")
+        return {self._known_as(metric): source for metric, source in found}
 
     # For the results
 
@@ -368,7 +406,8 @@ class Run:
 
     def measures(self) -> Iterator[tuple[str, int, int, str, float | None]]:
         """Point, prompt, image, metric and value."""
-        yield from self._database.execute("select point, prompt, image, metric, value from measures")
+        for *place, metric, value in self._database.execute("select point, prompt, image, metric, value from measures"):
+            yield (*place, self._known_as(metric), value)
 
 
 def _remove_partials(folder: Path) -> None:
