@@ -22,10 +22,11 @@ from lib_memnoise.checkpointing import checkpointed
 from lib_memnoise.generation import ImageReport
 from lib_memnoise.host import calibrations, words
 from lib_memnoise.host.course import EmptyPrompt, checkpoint_preset, left_as_it_was, raise_if_unsupported
-from lib_memnoise.host.gradients import Lean, first_attempt, free_memory
+from lib_memnoise.host.gradients import first_attempt
 from lib_memnoise.host.network import load_checkpoint, network
 from lib_memnoise.host.predictor import Predictor, make_predictor
 from lib_memnoise.host.refusals import Interrupted, Unsupported
+from lib_memnoise.leanness import Lean, free_memory
 from lib_memnoise.prediction import magnitude
 from lib_memnoise.settings import PRESET_VALUES, Settings, size_factor
 

@@ -261,8 +261,9 @@ def test_what_was_checkpointed_is_handed_over_too(studio: Studio, monkeypatch: p
         pytest.skip("memory is not short there")
     plain = studio.run(PER_SAMPLE, batch_size=2)
     from lib_memnoise.host import gradients
+    from lib_memnoise.leanness import Lean
 
-    monkeypatch.setattr(gradients, "first_attempt", lambda *args: gradients.Lean(lean))
+    monkeypatch.setattr(gradients, "first_attempt", lambda *args: Lean(lean))
     run = studio.run(PER_SAMPLE, batch_size=2)
     for image in range(2):
         assert "gradient=checkpointed" in (run.read("Memnoise used", image) or "")
