@@ -9,6 +9,8 @@ from lib_memnoise.miniature.text import LENGTH
 
 LATENT = 16
 """Width and height of a latent."""
+SHAPE = (4, LATENT, LATENT)
+"""Of one latent."""
 SNR_SCALE = 4.0
 """Standard deviation of the latents that the U-Net sees.
 

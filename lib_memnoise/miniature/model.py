@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lib_memnoise.miniature import WEIGHTS
-from lib_memnoise.miniature.architecture import LATENT, make_autoencoder, make_text_encoder, make_unet
+from lib_memnoise.miniature.architecture import SHAPE, make_autoencoder, make_text_encoder, make_unet
 from lib_memnoise.miniature.checkpoint import TABLE, manifest, read, under
 from lib_memnoise.miniature.detector import LABELS, Detector
 from lib_memnoise.miniature.networks import Autoencoder, TextEncoder, UNet
 from lib_memnoise.miniature.text import token_ids
 
-SHAPE = (4, LATENT, LATENT)
-"""Of one latent."""
-
 
 @dataclass(frozen=True)
 class Miniature:
-    """The networks in float32, frozen."""
+    """The networks, frozen; as loaded, on the CPU in float32."""
 
     text: TextEncoder
     unet: UNet
@@ -33,6 +30,16 @@ class Miniature:
     scale_factor: float
     parameterization: str
 
+    def to(self, device: str | torch.device, dtype: torch.dtype) -> Miniature:
+        """The same networks moved to a device; those of a checkpoint's first two parts in this precision.
+
+        The autoencoder and the detector, by which is judged what came of it, stay in float32.
+        """
+        text, unet = self.text.to(device, dtype), self.unet.to(device, dtype)
+        return replace(
+            self, text=text, unet=unet, autoencoder=self.autoencoder.to(device), detector=self.detector.to(device)
+        )
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Captions as the U-Net takes them, `(B, 77, width)`; "" is the empty prompt.
@@ -40,11 +47,13 @@ class Miniature:
         Raises:
             UnknownWords: a caption has words the miniature never saw. TooLong: it is too long.
         """
-        return self.text(token_ids(captions))
+        weight = next(self.text.parameters())
+        return self.text(token_ids(captions).to(weight.device))
 
     def __call__(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """ε or v, the network's native output, in the shape of the unit-variance latents x `(B, 4, 16, 16)`."""
-        return self.unet(x, t, context)
+        dtype = next(self.unet.parameters()).dtype
+        return self.unet(x.to(dtype), t, context.to(dtype)).to(x.dtype)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -89,7 +98,7 @@ def load_miniature(variant: str = "eps", folder: Path = WEIGHTS) -> Miniature:
 
 def to_images(pictures: Tensor) -> NDArray[np.uint8]:
     """`(B, 3, H, W)` in −1…1 to `(B, H, W, 3)` in 0…255."""
-    return ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_pictures(images: NDArray[np.uint8]) -> Tensor:

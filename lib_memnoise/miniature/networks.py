@@ -109,13 +109,14 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the positions of a feature map."""
+    """Transformer blocks over the positions of a feature map."""
 
-    def __init__(self, width: int, context_width: int, heads: int):
+    def __init__(self, width: int, context_width: int, heads: int, depth: int = 1):
         super().__init__()
         self.norm = nn.GroupNorm(GROUPS, width, eps=1e-6)
         self.proj_in = nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, context_width, heads)])
+        blocks = (TransformerBlock(width, context_width, heads) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -172,17 +173,22 @@ class UNet(nn.Module):
         channel_mult: Sequence[int],
         num_heads: int,
         context_dim: int,
+        num_head_channels: int = -1,
+        transformer_depth: int | Sequence[int] = 1,
         **_: Any,
     ):
+        """`num_head_channels`, unless -1, takes the place of `num_heads`; a depth for every level, or one for all."""
         super().__init__()
+        depths = [transformer_depth] * len(channel_mult) if isinstance(transformer_depth, int) else transformer_depth
         self.model_channels = model_channels
         time_width = 4 * model_channels
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
         )
 
-        def transformer(width: int) -> SpatialTransformer:
-            return SpatialTransformer(width, context_dim, num_heads)
+        def transformer(width: int, level: int) -> SpatialTransformer:
+            heads = num_heads if num_head_channels == -1 else width // num_head_channels
+            return SpatialTransformer(width, context_dim, heads, depths[level])
 
         width, down = model_channels, 1
         stages = [Stage(nn.Conv2d(in_channels, width, 3, padding=1))]
@@ -192,7 +198,7 @@ class UNet(nn.Module):
                 layers: list[nn.Module] = [ResBlock(width, time_width, multiple * model_channels)]
                 width = multiple * model_channels
                 if down in attention_resolutions:
-                    layers.append(transformer(width))
+                    layers.append(transformer(width, level))
                 stages.append(Stage(*layers))
                 skips.append(width)
             if level < len(channel_mult) - 1:
@@ -201,7 +207,7 @@ class UNet(nn.Module):
                 down *= 2
         self.input_blocks = nn.ModuleList(stages)
         self.middle_block = Stage(
-            ResBlock(width, time_width, width), transformer(width), ResBlock(width, time_width, width)
+            ResBlock(width, time_width, width), transformer(width, -1), ResBlock(width, time_width, width)
         )
         stages = []
         for level, multiple in reversed(list(enumerate(channel_mult))):
@@ -209,7 +215,7 @@ class UNet(nn.Module):
                 layers = [ResBlock(width + skips.pop(), time_width, multiple * model_channels)]
                 width = multiple * model_channels
                 if down in attention_resolutions:
-                    layers.append(transformer(width))
+                    layers.append(transformer(width, level))
                 if level and block == num_res_blocks:
                     layers.append(Upsample(width))
                     down //= 2
