@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,12 +17,15 @@ from lib_memnoise.attention import PLAIN, Row, scaled
 from lib_memnoise.guidance import Start, make_start
 from lib_memnoise.lab.samplers import SAMPLERS
 from lib_memnoise.lab.sampling import alpha_bar
-from lib_memnoise.miniature.model import SHAPE, Miniature
+from lib_memnoise.miniature.architecture import SHAPE
 from lib_memnoise.miniature.text import END, UNKNOWN, token_ids, vocabulary, words
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.mitigations.outcome import Initial, Outcome, Prompt, Scored, choose, run, run_some
 from lib_memnoise.prediction import Delta, magnitude
 from lib_memnoise.settings import Settings
+
+if TYPE_CHECKING:
+    from lib_memnoise.miniature.model import Miniature
 
 CFG = 7.0
 STEPS = 50
@@ -77,7 +81,7 @@ class Network:
 
     def _evaluate(self, x: Tensor, t: float, context: Tensor, heard: Sequence[Row] | None) -> Tensor:
         with contextlib.nullcontext() if heard is None else scaled(self.model.unet, heard):
-            return self.model(x, torch.full((len(x),), t), context)
+            return self.model(x, torch.full((len(x),), t, device=x.device), context)
 
     def _is_known(self, row: int, x: Tensor, t: float) -> bool:
         answer = self.answers.get(int(self.image[row]))
@@ -121,14 +125,14 @@ class Network:
         if prompt.pad_zero:
             ids[0, end + 1 :] = UNKNOWN  # token 0 is none that the miniature knows
         with torch.no_grad():
-            vectors = self.model.text(ids)[0]
+            vectors = self.model.text(ids.to(self.cond.device))[0]
         if prompt.zero_end:
             vectors[end] = 0
         return vectors
 
     def count_backward(self, gradient: Tensor, rows: int = 2) -> None:
         """Rows for each image whose Δ was differentiated."""
-        self.backward[self.image] += rows * (magnitude(gradient) > 0)
+        self.backward[self.image] += rows * (magnitude(gradient) > 0).cpu()
 
 
 def make_network(model: Miniature, captions: Sequence[str]) -> Network:
