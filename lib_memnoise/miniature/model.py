@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lib_memnoise.miniature import WEIGHTS
-from lib_memnoise.miniature.architecture import SHAPE, make_autoencoder, make_text_encoder, make_unet
+from lib_memnoise.miniature.architecture import make_autoencoder, make_text_encoder, make_unet
 from lib_memnoise.miniature.checkpoint import TABLE, manifest, read, under
 from lib_memnoise.miniature.detector import LABELS, Detector
 from lib_memnoise.miniature.networks import Autoencoder, TextEncoder, UNet
