@@ -25,11 +25,12 @@ def alphas_cumprod() -> Tensor:
 
 
 ALPHAS_CUMPROD = alphas_cumprod()
+_ALPHA_BARS = ALPHAS_CUMPROD.tolist()
 
 
 def alpha_bar(t: int) -> float:
     """ᾱ_t: the share of the clean picture's variance in x_t."""
-    return float(ALPHAS_CUMPROD[t])
+    return float(_ALPHA_BARS[t])
 
 
 def ddim_timesteps(steps: int) -> list[int]:

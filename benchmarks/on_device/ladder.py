@@ -1,0 +1,116 @@
+"""Out of memory for real: a gradient under limits that its faster ways do not fit in."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib_memnoise.leanness import Lean, run_from
+from lib_memnoise.memory import is_out_of_memory
+from lib_memnoise.mitigations.outcome import Initial, Outcome
+from on_device.methods import METHODS, PER_SAMPLE, first_delta, generate
+from on_device.run import Run
+from on_device.shapes import Model, make_model, noise
+
+WAYS = {Lean.PLAIN: "plain", Lean.CHECKPOINTED: "checkpointed", Lean.ONE_BY_ONE: "one image at a time"}
+STEPS = 2
+TOLERANCE = 0.02
+"""Of the displacement's length: batches of other sizes are summed in another order."""
+
+
+def settle() -> None:
+    """Give back what is not used, so that what is allocated can be compared."""
+    gc.collect()
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+def walk(model: Model, x: Tensor, lean: Lean) -> tuple[Outcome, list[str], list[int]]:
+    """`run_from` with the product's settings. Also the notes and the rows counted."""
+    settings = PER_SAMPLE.resolved("sd1")
+    notes: list[str] = []
+    delta = first_delta(model)
+    outcome = run_from(
+        lean,
+        x,
+        delta,
+        replace(settings, max_steps=STEPS),
+        Initial("eps"),
+        unet=model.unet,
+        empty=settle,
+        note=notes.append,
+    )
+    return outcome, notes, delta.network.forward.tolist()
+
+
+def measure(run: Run) -> None:
+    name = "per-sample, out of memory"
+    if run.device != "cuda":
+        run.skip("memory", name, "only a GPU's memory can be limited")
+        return
+    shape, size, batch = ("small", 32, 4) if run.small else ("SD 1.4", 64, 4)
+    model = make_model(shape, size, batch, run.device, torch.float16)
+    x = noise(batch, size, run.device)
+    generate(model, x, METHODS[2], work=1, calls=1)
+    total = torch.cuda.get_device_properties(0).total_memory
+    needed: dict[Lean, int] = {}
+    free: Tensor | None = None
+    for lean in Lean:
+        settle()
+        torch.cuda.reset_peak_memory_stats()
+        outcome, *_ = walk(model, x, lean)
+        needed[lean] = torch.cuda.max_memory_reserved()
+        free = outcome.x if free is None else free
+        del outcome
+    assert free is not None
+    settle()
+    base = torch.cuda.memory_reserved()
+    limits = {
+        "checkpointed": (needed[Lean.PLAIN] + needed[Lean.CHECKPOINTED]) // 2,
+        "one image at a time": (needed[Lean.CHECKPOINTED] + needed[Lean.ONE_BY_ONE]) // 2,
+        "none of them": (base + needed[Lean.ONE_BY_ONE]) // 2,
+    }
+    rows = [attempt(model, x, free, wanted, limit, total) for wanted, limit in limits.items()]
+    remarks = ["Reserved at the peak without a limit, MB: "]
+    remarks[0] += ", ".join(f"{WAYS[lean]} {value / 1e6:,.0f}" for lean, value in needed.items())
+    remarks.append(f"With the network at rest: {base / 1e6:,.0f} MB. Expected ends: {', '.join(limits)}.")
+    run.record(
+        "memory", f"{shape}, {8 * size} px, batch {batch}, {name}", {"rows": rows, "remarks": remarks}, "float16"
+    )
+
+
+def attempt(model: Model, x: Tensor, free: Tensor, wanted: str, limit: int, total: int) -> dict[str, Any]:
+    settle()
+    before = torch.cuda.memory_allocated()
+    tried, ended, same = "plain", "", None
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        outcome, notes, rows = walk(model, x, Lean.PLAIN)
+        tried = " → ".join(["plain", *(note.split(", ", 1)[1] for note in notes)])
+        ended = str(outcome.used.get("gradient", "plain")).replace("_", " ") + f", {rows[0]} rows"
+        apart = (outcome.x - free).flatten(1).norm(dim=1) / (free - x).flatten(1).norm(dim=1)
+        same = bool(apart.max() < TOLERANCE)
+        ended += f", displacement {float(apart.max()):.1e} apart"
+        del outcome, apart
+    except Exception as error:
+        known = "" if is_out_of_memory(error) else ", which is not recognised as being out of memory"
+        ended = f"raised {type(error).__name__}: {str(error).splitlines()[0][:80]}{known}"
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    settle()
+    return {
+        "limit": f"{limit / 1e6:,.0f}",
+        "wanted": wanted,
+        "tried": tried,
+        "ended": ended,
+        "same": same,
+        "before": f"{before:,}",
+        "after": f"{torch.cuda.memory_allocated():,}",
+    }
