@@ -38,7 +38,7 @@ def measure(run: Run) -> None:
     chosen = subjects(memorised=True, held_out=True)
     images, methods = 2, dict(COMPARED)
     if run.small:
-        chosen, images, methods = chosen[:1], 1, {name: COMPARED[name] for name in ("none", "per-sample")}
+        chosen, images, methods = chosen[:1], 1, {name: COMPARED[name] for name in ("none", "batch-wise")}
     reference = {name: study(run, chosen, settings, images, "cpu", torch.float32) for name, settings in methods.items()}
     run.say(f"the CPU took {sum(found.seconds for found in reference.values()):.1f} s")
     kinds = [torch.float32] if run.small else [torch.float32, torch.float16]

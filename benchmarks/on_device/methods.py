@@ -41,7 +41,7 @@ def repulsion(x: Tensor, delta: Delta, initial: Initial, work: int) -> Outcome:
 
 
 def forward_descent(x: Tensor, delta: Delta, initial: Initial, work: int) -> Outcome:
-    """Algorithm 1's step `work` times, guidance on from the start. A prototype: the product has no target for it yet."""
+    """Algorithm 1's step `work` times, guidance on from the start. A prototype: it has no target yet."""
     return Outcome(batch_wise.adjust(x, delta, gamma=GAMMA, rho=RHO * initial.factor(x), steps=work))
 
 
