@@ -70,7 +70,7 @@ def counted(device: str) -> Iterator[Counter[str]]:
         return
 
     def show(message: Any, *_: Any, **__: Any) -> None:
-        if "synchroniz" in str(message):
+        if "called a synchronizing" in str(message):
             found[place(sys._getframe(1))] += 1
 
     torch.cuda.synchronize()
