@@ -62,7 +62,7 @@ def demo(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from lib_memnoise.lab.comparison import COMPARED, EVERY, compare, own_subjects, table, total
+    from lib_memnoise.lab.comparison import COMPARED, EVERY, compare, markdown_table, own_subjects, table, total
     from lib_memnoise.lab.study import subjects
     from lib_memnoise.miniature.model import load_miniature
 
@@ -87,9 +87,13 @@ def demo(arguments: argparse.Namespace) -> None:
             sampler=arguments.sampler,
             steps=arguments.steps,
             looking=path is not None,
+            processes=arguments.processes,
             progress=bar.update,
         )
-    print(json.dumps(comparison.records, indent=2) if arguments.json else table(comparison.records))
+    if arguments.json:
+        print(json.dumps(comparison.records, indent=2))
+    else:
+        print((markdown_table if arguments.markdown else table)(comparison.records))
     if path is not None:
         from lib_memnoise.files import replacing
 
@@ -104,7 +108,7 @@ def claims(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from lib_memnoise.lab.claims import SHORT, Plan, judge, measure, report
+    from lib_memnoise.lab.claims import SHORT, Plan, judge, markdown_report, measure, report
     from lib_memnoise.miniature.model import load_miniature
 
     torch.set_num_threads(arguments.threads)
@@ -113,12 +117,12 @@ def claims(arguments: argparse.Namespace) -> None:
     if arguments.images is not None:
         plan = replace(plan, images=arguments.images)
     with tqdm(total=plan.total, unit="image", leave=False) as bar:
-        found = measure(model, plan, seed=arguments.seed, progress=bar.update)
+        found = measure(model, plan, seed=arguments.seed, processes=arguments.processes, progress=bar.update)
     judged = judge(found)
     if arguments.json:
         print(json.dumps({"points": found.points, "claims": [asdict(claim) for claim in judged]}, indent=2))
     else:
-        print(report(found, judged))
+        print((markdown_report if arguments.markdown else report)(found, judged))
     if not all(claim.holds for claim in judged if claim.required):
         raise SystemExit(1)
 
@@ -331,6 +335,17 @@ def parser() -> argparse.ArgumentParser:
         "help": "(default: all processors)",
     }
 
+    def divided(command: Parser, records: str) -> None:
+        """Of what is generated in several processes, and printed as text, Markdown or JSON."""
+        command.add_argument(
+            "--processes", type=whole_number(1, 64), default=threads["default"],
+            help="that generate, whose number changes no result (default: one for each processor)",
+        )  # fmt: skip
+        command.add_argument("--threads", type=whole_number(1, 64), default=1, help="of each process (default: 1)")
+        form = command.add_mutually_exclusive_group()
+        form.add_argument("--markdown", action="store_true", help="print tables in Markdown")
+        form.add_argument("--json", action="store_true", help=f"print {records} as JSON")
+
     command = add(
         commands,
         "demo",
@@ -345,17 +360,17 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--sampler", choices=("DDIM", "Euler"), default="DDIM", help="(default: DDIM)")
     command.add_argument("--steps", type=whole_number(2, 1000), default=50, help="of the sampler (default: 50)")
     command.add_argument("--variant", choices=("eps", "v"), default="eps", help="what it predicts (default: eps)")
-    command.add_argument("--threads", **threads)
-    command.add_argument("--page", type=Path, metavar="FILE", help=f"where to write the page (default: {PAGE})")
+    divided(command, "a list of records")
+    command.add_argument(
+        "--page", type=Path, metavar="FILE", help=f"where to write the page (default: {PAGE}; with --json none)"
+    )
     command.add_argument("--open", action="store_true", help="open the page")
-    command.add_argument("--json", action="store_true", help="print a list of records; a page is written if named")
 
     command = add(commands, "claims", claims, "measure the paper's claims on the miniature; fails if one does not hold")
     command.add_argument("--short", action="store_true", help="fewer images and points")
     command.add_argument("--images", type=counts, help="images a prompt at every point (default: 18)")
     command.add_argument("--seed", type=seeds, default=1, help="of the first image (default: 1)")
-    command.add_argument("--threads", **threads)
-    command.add_argument("--json", action="store_true", help="print points and claims as JSON")
+    divided(command, "points and claims")
 
     def webui(command: Parser, *, required: bool) -> None:
         command.add_argument("--url", required=required, help="of a WebUI with memnoise, run with --api")

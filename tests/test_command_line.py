@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -17,15 +18,16 @@ from lib_memnoise import __main__ as command_line
 from lib_memnoise import __version__
 from lib_memnoise.__main__ import main
 from lib_memnoise.lab import claims, comparison
-from lib_memnoise.miniature import WEIGHTS, checkpoint, model
+from lib_memnoise.lab.workers import Workers
+from lib_memnoise.miniature import WEIGHTS, OneSentence, checkpoint, model
 from lib_memnoise.settings import from_mapping, json_schema
 
 ROOT = Path(__file__).parents[1]
 KEYS = {
-    "method", "settings", "prompts", "images", "similarity", "copied", "alignment", "rows", "backward_rows",
-    "magnitude_before", "magnitude_after", "norm",
+    "method", "settings", "prompts", "images", "similarity", "similarity_own", "copied", "copied_own", "alignment",
+    "rows", "backward_rows", "magnitude_before", "magnitude_after", "norm",
 }  # fmt: skip
-SMALL = ("--prompts", "2", "--images", "1", "--steps", "4", "--threads", "1")
+SMALL = ("--prompts", "2", "--images", "1", "--steps", "4", "--processes", "1")
 
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -58,6 +60,11 @@ def refusal(*argv: str) -> str:
 def records_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, Any]]:
     main(["demo", "--json", *argv])
     return list(json.loads(capsys.readouterr().out))
+
+
+@pytest.fixture(scope="module")
+def miniature() -> model.Miniature:
+    return model.load_miniature()
 
 
 # The demo
@@ -149,15 +156,42 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 def test_claims_that_fail_fail_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # Two steps make pictures of nothing.
     monkeypatch.setattr(claims, "SHORT", claims.Plan(images=1, taus=(900.0, 800.0), controls=1, steps=2))
-    with pytest.raises(SystemExit) as stopped:
-        main(["claims", "--short", "--json"])
-    assert stopped.value.code == 1
-    found = json.loads(capsys.readouterr().out)
+    said = []
+    for how in (("1", "--json"), ("2", "--json"), ("1", "--markdown")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["claims", "--short", "--processes", *how])
+        assert stopped.value.code == 1
+        said.append(capsys.readouterr().out)
+    assert said[1] == said[0]  # however many processes
+    assert said[2].splitlines()[2].startswith("| none | ") and said[2].count("\n| ") == 9 + 12 + 1
+    found = json.loads(said[0])
     assert [point["method"] for point in found["points"]] == [
         "none", "static tau 900", "static tau 800", "batch-wise", "per-sample, to a quarter", "per-sample, to half",
         "automatic tau", "batch-wise, automatic tau", "random displacement",
     ]  # fmt: skip
     assert not all(claim["holds"] for claim in found["claims"])
+    assert all(point["similarity_own"] <= point["similarity"] for point in found["points"])
+
+
+def test_a_process_that_ends_is_said_and_leaves_none(miniature: model.Miniature) -> None:
+    before = set(multiprocessing.active_children())
+    with pytest.raises(OneSentence, match="a process ended before its work was done"), Workers(miniature, 2) as some:
+        some.submit(end).result()
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_what_a_process_raises_is_raised(miniature: model.Miniature) -> None:
+    with pytest.raises(ZeroDivisionError), Workers(miniature, 2) as some:
+        later = [some.submit(divide, k) for k in (1, 0, 1)]
+        assert [future.result() for future in later]
+
+
+def end(_: model.Miniature) -> None:
+    os._exit(3)
+
+
+def divide(_: model.Miniature, by: int) -> float:
+    return 1 / by
 
 
 def test_scores_of_the_miniature_take_nothing_of_a_webuis() -> None:
@@ -204,6 +238,7 @@ def test_install_without_permission(monkeypatch: pytest.MonkeyPatch, folder: Pat
     [
         (("--prompts", "13"), "from 1 to 12"),
         (("--threads", "0"), "from 1 to 64"),
+        (("--processes", "0"), "from 1 to 64"),
         (("--images", "0"), "from 1 to 1000"),
         (("--images", "1001"), "from 1 to 1000"),
         (("--images", "1.5"), "from 1 to 1000"),

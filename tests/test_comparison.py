@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.guidance import Start
-from lib_memnoise.lab import bench, claims, comparison, study
+from lib_memnoise.lab import bench, claims, comparison, records, study
 from lib_memnoise.lab.page import page
 from lib_memnoise.lab.samplers import SAMPLERS
 from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar, clean_and_eps, ddim_timesteps
@@ -218,6 +219,36 @@ def test_memorised_prompts_are_copied_and_the_methods_help(model: Miniature) -> 
         assert record["magnitude_after"] < record["magnitude_before"]
 
 
+def test_a_copy_of_another_memorised_picture_is_a_copy() -> None:
+    pictures = study.to_pictures(study.references()[[4, 5, 4, 5]])
+    chosen = [*study.subjects(memorised=True, held_out=True), *study.subjects(memorised=True, held_out=False)]
+    own = next(subject for subject in chosen if subject.memorised == 4)
+    array = np.zeros(4, np.float32)
+    part = study.Part(
+        pictures.numpy(), np.ones((4, 4, 16, 16), np.float32), study.likeness(pictures).numpy(),
+        *[array] * 5, np.empty((0, 4), np.float32), [],
+    )  # fmt: skip
+    found = study.collected([own, study.Subject("a fox", ("fox",), None)], 2, [part])
+    assert found.copied.tolist() == [[True, True], [True, True]]
+    assert found.copied_own.tolist() == [[True, False], [False, False]]
+    record = study.record("none", Settings(), "eps", found)
+    assert (record["copied"], record["copied_own"]) == (1.0, 0.5)  # of two images with a picture of their own
+    assert record["similarity"] == pytest.approx(1) and record["similarity_own"] < 0.9
+    assert np.isnan(found.similarity_own[1]).all() and (found.similarity_own[0] <= found.similarity[0]).all()
+
+
+def test_what_was_seen_of_another_prompts_pictures(model: Miniature) -> None:
+    """Of these eight images batch-wise leaves copies of more pictures than the prompt's own."""
+    caption = "a fish and a strawberry on a red background, limited"
+    (subject,) = comparison.own_subjects([caption])
+    assert subject.memorised is not None
+    # its first seed is 1000
+    found = study.study(model, [subject], Settings(enabled=True, preset="sd1"), images=8, seed=1000)
+    assert (found.similarity_own <= found.similarity).all()
+    assert found.copied.sum() >= found.copied_own.sum() + 3
+    assert found.copied_own.sum() <= 3
+
+
 def test_page_has_everything_in_it(model: Miniature) -> None:
     chosen = comparison.own_subjects(["a fox", study.subjects(memorised=True, held_out=True)[0].caption])
     assert [subject.memorised is None for subject in chosen] == [True, False]
@@ -228,6 +259,28 @@ def test_page_has_everything_in_it(model: Miniature) -> None:
     assert text.count("<img") == 4 * 2 + 1 + 2
     for record in found.records:
         assert f"<td>{record['method']}</td>" in text
+        assert record["similarity_own"] is not None and record["similarity_own"] <= 1
+
+
+def test_records_of_prompts_without_a_picture(model: Miniature) -> None:
+    methods = {"none": Settings()}
+    subjects = comparison.own_subjects(["a fox"])
+    found = comparison.compare(model, subjects, methods=methods, images=1, steps=3, looking=True)
+    assert all(record["copied_own"] is None and record["similarity_own"] is None for record in found.records)
+    assert all(-1 <= record["similarity"] <= 1 for record in found.records)
+    assert "–" in comparison.table(found.records) and "to its own picture" not in page(found)
+
+
+def test_markdown() -> None:
+    record = {
+        "method": "none", "copied": 0.5, "copied_own": None, "similarity": -0.051, "similarity_own": -0.2,
+        "alignment": 1, "rows": 98.4, "backward_rows": 0, "magnitude_before": 7.0, "magnitude_after": 7.81,
+    }  # fmt: skip
+    assert records.markdown([record]) == [
+        "| | copied any | copied own | similarity any | similarity own | alignment | rows | backward | ‖Δ‖ after |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| none | 50 % | – | −0.05 | −0.20 | 1.00 | 98 | 0 | 7.81 |",
+    ]
 
 
 # The claims
@@ -246,7 +299,7 @@ def images(similarity: float, alignment: float, captions: int = 4, fall: float =
     empty = torch.empty(0)
     timesteps = [980.0 - 20 * k for k in range(49)]
     trace = np.where(np.arange(49) < 10, 1.0, 1 - fall)[:, None, None] * one
-    return study.Images(empty, empty, like, alignment * one, 5 * one, one, one, one, one, trace, timesteps)
+    return study.Images(empty, empty, like, like - 0.05, alignment * one, 5 * one, one, one, one, one, trace, timesteps)
 
 
 def measured(**changed: Any) -> claims.Measured:
@@ -272,6 +325,18 @@ def test_claims_hold_where_they_should() -> None:
     assert all(claim.holds for claim in judged)
     ratio = next(claim for claim in judged if "ratio" in claim.claim)
     assert ratio.value == pytest.approx(0.3 / 0.6, abs=0.02) and ratio.low <= ratio.value <= ratio.high
+    assert ratio.own is not None and ratio.own[0] == pytest.approx(0.25 / 0.55, abs=0.02)
+    assert [claim.own is None for claim in judged if "alignment" in claim.claim and "same" not in claim.claim] == [
+        True
+    ] * 4
+
+
+def test_copies_of_another_picture_decide_the_claims() -> None:
+    """Per-sample's images that are others' pictures are no success."""
+    others = dataclasses.replace(images(0.9, 0.94), similarity_own=images(0.5, 0.94).similarity)
+    judged = claims.judge(measured(per_sample=others))
+    claim = next(claim for claim in judged if "a quarter of the first magnitude" in claim.claim)
+    assert not claim.holds and claim.value < 0.1 and claim.own is not None and claim.own[0] > 0.3
 
 
 @pytest.mark.parametrize(

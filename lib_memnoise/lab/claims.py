@@ -15,8 +15,9 @@ from scipy import stats
 from torch import Tensor
 
 from lib_memnoise.lab.bench import PER_SAMPLE, STEPS, noises
-from lib_memnoise.lab.records import aligned
-from lib_memnoise.lab.study import Images, Subject, first_predictions, record, seed_of, study, subjects
+from lib_memnoise.lab.records import aligned, in_markdown, markdown
+from lib_memnoise.lab.study import Images, Subject, begin, first_predictions, record, seed_of, subjects
+from lib_memnoise.lab.workers import Workers
 from lib_memnoise.miniature.model import Miniature
 from lib_memnoise.miniature.scenes import ordinary_caption, validation_scenes
 from lib_memnoise.miniature.text import words
@@ -40,7 +41,10 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence, the number that decides it, its 95 % interval, and whether it holds."""
+    """A sentence, the number that decides it, its 95 % interval, and whether it holds.
+
+    What is copied is any memorised picture.
+    """
 
     claim: str
     value: float
@@ -49,6 +53,8 @@ class Claim:
     holds: bool
     required: bool = True
     """False: the paper says so of Stable Diffusion, and the miniature is not expected to show it."""
+    own: tuple[float, float, float] | None = None
+    """The number and its interval if copies of the prompt's own picture alone count; None where that is no other."""
 
 
 def interval(*captions: int, statistic: Callable[..., float], resamples: int = RESAMPLES) -> tuple[float, float]:
@@ -170,173 +176,258 @@ SHORT = Plan(images=3, taus=(940.0, 900.0, 840.0), controls=1)
 
 
 def measure(
-    model: Miniature, plan: Plan | None = None, *, seed: int = 1, progress: Callable[[int], None] = lambda done: None
+    model: Miniature,
+    plan: Plan | None = None,
+    *,
+    seed: int = 1,
+    processes: int = 1,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Measured:
-    """Generate the held-out prompts under every method, all from the same noises (DDIM, guidance 7)."""
+    """Generate the held-out prompts under every method, all from the same noises (DDIM, guidance 7).
+
+    Args:
+        processes: that generate; the results are the same to the bit.
+        progress: called with the number of images just finished, from any thread.
+    """
     plan = plan or Plan()
     chosen = subjects(memorised=True, held_out=True)
-    points: list[dict[str, Any]] = []
-
-    def point(name: str, settings: Settings, replaced: Tensor | None = None) -> Images:
-        result = study(
-            model,
-            chosen,
-            settings,
-            images=plan.images,
-            seed=seed,
-            steps=plan.steps,
-            replaced=replaced,
-            progress=progress,
-        )
-        points.append(record(name, settings, model.parameterization, result))
-        return result
-
-    none = point("none", NONE)
-    # Guidance never comes on; looking at Δ is all that a prompt does here.
-    unguided = study(
-        model,
-        chosen,
-        static(0.0),
-        images=plan.images,
-        seed=seed,
-        steps=plan.steps,
-        looking=True,
-        progress=progress,
-    )
-    curve = {tau: point(f"static tau {tau:g}", static(tau)) for tau in plan.taus}
-    batch_wise = point("batch-wise", BATCH_WISE)
-    per_sample = point("per-sample, to a quarter", PER_SAMPLE)
-    half = point("per-sample, to half", HALF)
-    for name, settings in AUTOMATIC.items():
-        point(name, settings)
-    random = displaced(chosen, plan.images, seed, batch_wise.noise)
+    others = subjects(memorised=False, held_out=True)
+    points: dict[str, Settings] = {
+        "none": NONE,
+        **{f"static tau {tau:g}": static(tau) for tau in plan.taus},
+        "batch-wise": BATCH_WISE,
+        "per-sample, to a quarter": PER_SAMPLE,
+        "per-sample, to half": HALF,
+        **AUTOMATIC,
+    }
     tau = BATCH_WISE.resolved("sd1").tau
     assert tau is not None
-    moved = point("random displacement", static(tau), replaced=random)
-    others = subjects(memorised=False, held_out=True)
-    control = study(model, others, NONE, images=plan.controls, seed=seed, steps=plan.steps, progress=progress)
-    ordinary = study(model, ordinary_subjects(ORDINARY), NONE, images=1, seed=seed, steps=plan.steps, progress=progress)
-    return Measured(
-        none,
-        unguided,
-        curve,
-        batch_wise,
-        per_sample,
-        half,
-        moved,
-        control,
-        ordinary,
-        scores(model, others, plan.images, seed),
-        points,
+    with Workers(model, processes) as workers:
+
+        def later(
+            chosen: Sequence[Subject], settings: Settings, images: int = plan.images, **how: Any
+        ) -> Callable[[], Images]:
+            return begin(
+                workers, chosen, settings, images=images, seed=seed, steps=plan.steps, progress=progress, **how
+            )
+
+        # First what another waits for, then what takes longest.
+        first = ("batch-wise", "per-sample, to a quarter", "per-sample, to half")
+        begun = {name: later(chosen, points[name]) for name in dict.fromkeys((*first, *points))}
+        # Guidance never comes on; looking at Δ is all that a prompt does here.
+        unguided = later(chosen, static(0.0), looking=True)
+        control = later(others, NONE, plan.controls)
+        ordinary = later(ordinary_subjects(ORDINARY), NONE, 1)
+        random = displaced(chosen, plan.images, seed, begun["batch-wise"]().noise)
+        points["random displacement"] = static(tau)
+        begun["random displacement"] = later(chosen, static(tau), replaced=random)
+        control_scores = scores(model, others, plan.images, seed)
+        found = {name: begun[name]() for name in points}
+        return Measured(
+            none=found["none"],
+            unguided=unguided(),
+            curve={tau: found[f"static tau {tau:g}"] for tau in plan.taus},
+            batch_wise=found["batch-wise"],
+            per_sample=found["per-sample, to a quarter"],
+            half=found["per-sample, to half"],
+            displaced=found["random displacement"],
+            controls=control(),
+            ordinary=ordinary(),
+            control_scores=control_scores,
+            points=[record(name, points[name], model.parameterization, result) for name, result in found.items()],
+        )
+
+
+Statistic = Callable[[Measured, NDArray[np.int64]], float]
+"""A number of what was measured, of the captions of these indices."""
+
+
+def _falls(at: str) -> Statistic:
+    def fall(found: Measured, drawn: NDArray[np.int64]) -> float:
+        return float((found.none.similarity - getattr(found, at).similarity)[drawn].mean())
+
+    return fall
+
+
+def _loses(at: str) -> Statistic:
+    def loss(found: Measured, drawn: NDArray[np.int64]) -> float:
+        return float((found.none.alignment - getattr(found, at).alignment)[drawn].mean())
+
+    return loss
+
+
+def _ratio(found: Measured, drawn: NDArray[np.int64]) -> float:
+    same = along(list(found.curve.values()), float(found.batch_wise.alignment[drawn].mean()), drawn)
+    return float(found.batch_wise.similarity[drawn].mean()) / same
+
+
+def _gains(found: Measured, drawn: NDArray[np.int64]) -> float:
+    tau = BATCH_WISE.resolved("sd1").tau
+    assert tau is not None
+    return float((found.curve[tau].similarity - found.displaced.similarity)[drawn].mean())
+
+
+@dataclass(frozen=True)
+class _Test:
+    """A claim before anything is measured."""
+
+    claim: str
+    statistic: Statistic
+    holds: Callable[[float, float], bool]
+    """Of the number and its interval's upper end, or with `from_below` its lower end."""
+    of: str = "none"
+    """Whose captions are drawn from."""
+    copying: bool = False
+    """Its number is other where the prompt's own picture alone counts."""
+    from_below: bool = False
+    required: bool = True
+
+
+_TESTS = (
+    _Test(
+        "memorised prompts are copied without mitigation (share, at least 0.95)",
+        lambda found, drawn: float(found.none.copied[drawn].mean()),
+        lambda value, _: value >= 0.95,
+        copying=True,
+    ),
+    _Test(
+        "controls are not (share, at most 0.10)",
+        lambda found, drawn: float(found.controls.copied[drawn].mean()),
+        lambda value, _: value <= 0.10,
+        of="controls",
+    ),
+    _Test(
+        "controls are recognisable (alignment, at least 0.85)",
+        lambda found, drawn: float(found.controls.alignment[drawn].mean()),
+        lambda value, _: value >= 0.85,
+        of="controls",
+    ),
+    _Test(
+        "ordinary prompts are recognisable (alignment, at least 0.85)",
+        lambda found, drawn: float(found.ordinary.alignment[drawn].mean()),
+        lambda value, _: value >= 0.85,
+        of="ordinary",
+    ),
+    _Test(
+        "batch-wise is less similar than static tau at the same alignment (ratio, at most 0.75, interval below 1)",
+        _ratio,
+        lambda value, high: value <= 0.75 and high < 1,
+        copying=True,
+    ),
+    _Test(
+        "per-sample, to half of the first magnitude, is less similar than none (difference, at least 0.3)",
+        _falls("half"),
+        lambda value, _: value >= 0.3,
+        copying=True,
+    ),
+    _Test(
+        "per-sample, to half, keeps the alignment (loss, at most 0.05)",
+        _loses("half"),
+        lambda value, _: value <= 0.05,
+    ),
+    _Test(
+        "per-sample, to a quarter of the first magnitude, is less similar than none (difference, at least 0.3)",
+        _falls("per_sample"),
+        lambda value, _: value >= 0.3,
+        copying=True,
+    ),
+    _Test(
+        "per-sample, to a quarter, keeps the alignment (loss, at most 0.05)",
+        _loses("per_sample"),
+        lambda value, _: value <= 0.05,
+    ),
+    _Test(
+        "a random displacement as long as batch-wise's gains nothing at its tau (interval not above 0)",
+        _gains,
+        lambda _, low: low <= 0,
+        copying=True,
+        from_below=True,
+    ),
+    _Test(
+        "the score tells memorised prompts from controls (AUC of one noise, at least 0.9)",
+        lambda found, drawn: auc(found.none.before[drawn], found.control_scores),
+        lambda value, _: value >= 0.9,
+    ),
+    _Test(
+        "the paper's sharp drop: with guidance off, the magnitude halves within 5 steps before t = 500 (median fall)",
+        lambda found, drawn: float(np.median(largest_fall(found.unguided)[drawn])),
+        lambda value, _: value >= 0.5,
+        required=False,
+    ),
+)
+
+
+def own_alone(found: Measured) -> Measured:
+    """As if the prompts' own pictures alone could be copied."""
+
+    def owned(images: Images) -> Images:
+        return replace(images, similarity=images.similarity_own)
+
+    return replace(
+        found,
+        none=owned(found.none),
+        curve={tau: owned(images) for tau, images in found.curve.items()},
+        batch_wise=owned(found.batch_wise),
+        per_sample=owned(found.per_sample),
+        half=owned(found.half),
+        displaced=owned(found.displaced),
     )
 
 
 def judge(found: Measured) -> list[Claim]:
     """The claims, each with the number that decides it."""
-    every = np.arange(len(found.none.similarity))
-    curve = list(found.curve.values())
-    tau = BATCH_WISE.resolved("sd1").tau
-    assert tau is not None
+    own = own_alone(found)
 
-    def share(images: Images) -> Callable[[NDArray[np.int64]], float]:
-        return lambda drawn: float(images.copied[drawn].mean())
+    def number(test: _Test, found: Measured) -> tuple[float, float, float]:
+        size = len(getattr(found, test.of).similarity)
+        low, high = interval(size, statistic=lambda drawn: test.statistic(found, drawn))
+        return test.statistic(found, np.arange(size)), low, high
 
-    def ratio(drawn: NDArray[np.int64]) -> float:
-        same = along(curve, float(found.batch_wise.alignment[drawn].mean()), drawn)
-        return float(found.batch_wise.similarity[drawn].mean()) / same
-
-    def gain(images: Images) -> Callable[[NDArray[np.int64]], float]:
-        return lambda drawn: float((found.none.similarity - images.similarity)[drawn].mean())
-
-    def loss(images: Images) -> Callable[[NDArray[np.int64]], float]:
-        return lambda drawn: float((found.none.alignment - images.alignment)[drawn].mean())
-
-    def nothing(drawn: NDArray[np.int64]) -> float:
-        return float((found.curve[tau].similarity - found.displaced.similarity)[drawn].mean())
-
-    def separation(drawn: NDArray[np.int64]) -> float:
-        return auc(found.none.before[drawn], found.control_scores)
-
-    captions = len(every)
     claims = []
-
-    def add(
-        claim: str,
-        statistic: Callable[[NDArray[np.int64]], float],
-        holds: Callable[[float, float, float], bool],
-        size: int = captions,
-        required: bool = True,
-    ) -> None:
-        low, high = interval(size, statistic=statistic)
-        value = statistic(np.arange(size))
-        claims.append(Claim(claim, value, low, high, holds(value, low, high), required))
-
-    add(
-        "memorised prompts are copied without mitigation (share, at least 0.95)",
-        share(found.none),
-        lambda v, low, high: v >= 0.95,
-    )
-    add(
-        "controls are not (share, at most 0.10)",
-        share(found.controls),
-        lambda v, low, high: v <= 0.10,
-        len(found.controls.similarity),
-    )
-    add(
-        "controls are recognisable (alignment, at least 0.85)",
-        lambda drawn: float(found.controls.alignment[drawn].mean()),
-        lambda v, low, high: v >= 0.85,
-        len(found.controls.similarity),
-    )
-    add(
-        "ordinary prompts are recognisable (alignment, at least 0.85)",
-        lambda drawn: float(found.ordinary.alignment[drawn].mean()),
-        lambda v, low, high: v >= 0.85,
-        len(found.ordinary.similarity),
-    )
-    add(
-        "batch-wise is less similar than static tau at the same alignment (ratio, at most 0.75, interval below 1)",
-        ratio,
-        lambda v, low, high: v <= 0.75 and high < 1,
-    )
-    for images, name in ((found.half, "half"), (found.per_sample, "a quarter")):
-        add(
-            f"per-sample, to {name} of the first magnitude, is less similar than none (difference, at least 0.3)",
-            gain(images),
-            lambda v, low, high: v >= 0.3,
-        )
-        add(
-            f"per-sample, to {name}, keeps the alignment (loss, at most 0.05)",
-            loss(images),
-            lambda v, low, high: v <= 0.05,
-        )
-    add(
-        f"a random displacement as long as batch-wise's gains nothing at tau {tau:g} (interval not above 0)",
-        nothing,
-        lambda v, low, high: low <= 0,
-    )
-    add(
-        "the score tells memorised prompts from controls (AUC of one noise, at least 0.9)",
-        separation,
-        lambda v, low, high: v >= 0.9,
-    )
-    add(
-        "the paper's sharp drop: with guidance off, the magnitude halves within 5 steps before t = 500 (median fall)",
-        lambda drawn: float(np.median(largest_fall(found.unguided)[drawn])),
-        lambda v, low, high: v >= 0.5,
-        required=False,
-    )
+    for test in _TESTS:
+        value, low, high = number(test, found)
+        holds = test.holds(value, low if test.from_below else high)
+        beside = number(test, own) if test.copying else None
+        claims.append(Claim(test.claim, value, low, high, holds, test.required, beside))
     return claims
+
+
+def _verdict(claim: Claim) -> str:
+    return "holds" if claim.holds else "FAILS" if claim.required else "is not seen"
 
 
 def report(found: Measured, claims: Sequence[Claim]) -> str:
     """Points and claims as text."""
     lines = aligned(found.points)
     prompts, images = found.none.similarity.shape
-    lines += ["", f"{prompts} held-out prompts, {images} images each, at every point.", ""]
+    lines += [
+        "",
+        f"{prompts} held-out prompts, {images} images each, at every point.",
+        "any, and so the claims: the nearest of all memorised pictures; own: the prompt's own alone.",
+        "",
+    ]
     for claim in claims:
+        own = "" if claim.own is None else " (own: {:.3f} [{:.3f}, {:.3f}])".format(*claim.own)
         lines.append(
-            f"{'holds' if claim.holds else 'FAILS' if claim.required else 'is not seen':11}  {claim.value:7.3f} "
-            f"[{claim.low:.3f}, {claim.high:.3f}]  {claim.claim}"
+            f"{_verdict(claim):11}  {claim.value:7.3f} [{claim.low:.3f}, {claim.high:.3f}]  {claim.claim}{own}"
         )
     return "\n".join(lines)
+
+
+def markdown_report(found: Measured, claims: Sequence[Claim]) -> str:
+    """Points and claims as two Markdown tables."""
+
+    def number(value: float, low: float, high: float) -> str:
+        return f"{value:.3f} [{low:.3f}, {high:.3f}]".replace("-", "−")
+
+    rows = [
+        (
+            claim.claim,
+            number(claim.value, claim.low, claim.high),
+            "" if claim.own is None else number(*claim.own),
+            "yes" if claim.holds else "no",
+        )
+        for claim in claims
+    ]
+    titles = ("Claim", "measured, 95 % interval", "own alone", "holds")
+    return "\n".join([*markdown(found.points), "", *in_markdown(titles, rows)])

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lib_memnoise.lab.bench import PER_SAMPLE
-from lib_memnoise.lab.records import aligned
-from lib_memnoise.lab.study import Images, Subject, record, study, subjects
+from lib_memnoise.lab.records import aligned, markdown
+from lib_memnoise.lab.study import Images, Subject, begin, record, subjects
+from lib_memnoise.lab.workers import Workers
 from lib_memnoise.miniature.model import Miniature
 from lib_memnoise.miniature.scenes import COLOURS, OBJECTS
 from lib_memnoise.miniature.text import words
@@ -93,30 +94,38 @@ def compare(
     steps: int = 50,
     looking: bool = False,
     methods: Mapping[str, Settings] = COMPARED,
+    processes: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Comparison:
     """Every one of these methods on the same noises.
 
     Keys of a record: `method`; `settings`, as the API takes them; `prompts`; `images`, of each prompt; `similarity`,
-    to the memorised picture; `copied`, the share of images whose similarity is above `COPIED`; `alignment`, the
-    detector's probability of what the prompt names; `rows` and `backward_rows`, network rows an image;
-    `magnitude_before` and `magnitude_after`, ‖Δ(x_T, T)‖ and ‖Δ(x̃_T, T)‖ in the network's native output; `norm`,
-    ‖x̃_T‖/√d. All but the first four are means over the images.
+    to the nearest memorised picture; `copied`, the share of images whose similarity is above `COPIED`;
+    `similarity_own` and `copied_own`, the same of the prompt's own memorised picture alone, None where no prompt has
+    one; `alignment`, the detector's probability of what the prompt names; `rows` and `backward_rows`, network rows an
+    image; `magnitude_before` and `magnitude_after`, ‖Δ(x_T, T)‖ and ‖Δ(x̃_T, T)‖ in the network's native output;
+    `norm`, ‖x̃_T‖/√d. All but the first four are means over the images.
+
+    Args:
+        processes: that generate; the results are the same to the bit.
+        progress: called with the number of images just finished, from any thread.
     """
-    results = {
-        name: study(
-            model,
-            chosen,
-            settings,
-            images=images,
-            seed=seed,
-            sampler=sampler,
-            steps=steps,
-            looking=looking,
-            progress=progress,
-        )
-        for name, settings in methods.items()
-    }
+    with Workers(model, processes) as workers:
+        begun = {
+            name: begin(
+                workers,
+                chosen,
+                settings,
+                images=images,
+                seed=seed,
+                sampler=sampler,
+                steps=steps,
+                looking=looking,
+                progress=progress,
+            )
+            for name, settings in methods.items()
+        }
+        results = {name: finish() for name, finish in begun.items()}
     kind = model.parameterization
     records = [record(name, methods[name], kind, result) for name, result in results.items()]
     return Comparison(list(chosen), results, records)
@@ -126,9 +135,10 @@ def explanation(records: Sequence[Mapping[str, Any]]) -> list[str]:
     first = records[0]
     return [
         f"{first['prompts']} prompts, {first['images']} images each, the same noises for all methods.",
-        f"copied: share of images whose similarity is above {COPIED:g}.",
-        "similarity: correlation with the memorised picture, blurred; alignment: a detector's probability of what "
-        "the prompt names.",
+        "similarity: correlation with a memorised picture, blurred; copied: share of images whose similarity is above "
+        f"{COPIED:g}.",
+        "any: the nearest of all memorised pictures; own: the prompt's own alone.",
+        "alignment: a detector's probability of what the prompt names.",
         "rows, backward: network rows evaluated and differentiated, an image.",
     ]
 
@@ -136,6 +146,11 @@ def explanation(records: Sequence[Mapping[str, Any]]) -> list[str]:
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """The records as plain text, with what the columns mean."""
     return "\n".join([STATEMENT, "", *aligned(records), "", *explanation(records)])
+
+
+def markdown_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The records as a Markdown table."""
+    return "\n".join([*markdown(records), "", *explanation(records)])
 
 
 def total(prompts: int, images: int, methods: Mapping[str, Settings] = COMPARED) -> int:

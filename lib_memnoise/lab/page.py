@@ -30,7 +30,8 @@ th:first-child, td:first-child { text-align: left; }
 .prompt { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
 figure { margin: 0; } figcaption { font-size: .85rem; color: #555; max-width: 20rem; }
 figure.images img { width: 80px; height: 80px; border: 3px solid #2a9d4a; margin: 1px; }
-figure.images img.copied { border-color: #c62828; }
+figure.images img.copied { border-color: #c62828; border-style: dashed; }
+figure.images img.own { border-style: solid; }
 figure.reference img { width: 128px; height: 128px; }
 .plots img { max-width: 100%; }
 """
@@ -66,16 +67,18 @@ def magnitude_plot(comparison: Comparison) -> str:
 
 
 def trade_off_plot(comparison: Comparison) -> str:
-    """Similarity against alignment: down and right is better."""
+    """Similarity against alignment: down and right is better. To the prompt's own picture: hollow, below."""
     figure, axes = plt.subplots(figsize=(5.5, 3.6))
-    for entry in comparison.records:
-        axes.scatter(entry["alignment"], entry["similarity"], s=60)
+    for k, entry in enumerate(comparison.records):
+        axes.scatter(entry["alignment"], entry["similarity"], s=60, color=f"C{k % 10}")
+        if entry["similarity_own"] is not None:
+            axes.scatter(entry["alignment"], entry["similarity_own"], s=60, facecolors="none", edgecolors=f"C{k % 10}")
         axes.annotate(
             entry["method"], (entry["alignment"], entry["similarity"]), xytext=(6, 4), textcoords="offset points"
         )
     axes.axhline(COPIED, color="#999", linestyle=":", linewidth=1)
     axes.set_xlabel("alignment with the prompt")
-    axes.set_ylabel("similarity to the memorised picture")
+    axes.set_ylabel("similarity to the nearest memorised picture\n(hollow: to the prompt's own)", fontsize=8)
     axes.margins(0.2)
     return _plot(figure)
 
@@ -98,9 +101,11 @@ def _prompt(comparison: Comparison, row: int, memorised: NDArray[np.uint8]) -> s
         )
     for name, result in comparison.results.items():
         images = []
-        for picture, copied, alike in zip(to_images(result.pictures[row]), result.copied[row], result.similarity[row]):
-            kind = ' class="copied"' if copied else ""
-            images.append(f'<img{kind} alt="{html.escape(name)}" title="similarity {alike:.2f}" src="{_png(picture)}">')
+        for k, picture in enumerate(to_images(result.pictures[row])):
+            own, alike = result.similarity_own[row, k], result.similarity[row, k]
+            said = f"similarity {alike:.2f}" + ("" if np.isnan(own) else f", to its own picture {own:.2f}")
+            kind = "copied own" if result.copied_own[row, k] else "copied" if result.copied[row, k] else ""
+            images.append(f'<img class="{kind}" alt="{html.escape(name)}" title="{said}" src="{_png(picture)}">')
         parts.append(f'<figure class="images">{"".join(images)}<figcaption>{html.escape(name)}</figcaption></figure>')
     return "".join([*parts, "</div>"])
 
@@ -116,6 +121,6 @@ def page(comparison: Comparison) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>memnoise: the methods side by side</title>'
         f"<style>{STYLE}</style><h1>memnoise: the methods side by side</h1><p>{html.escape(STATEMENT)}</p>"
         f"{_table(cells(comparison.records))}{said}"
-        "<p>Red frames: copies of the memorised picture.</p>"
+        "<p>Red frames: copies of a memorised picture; dashed: of another than the prompt's own.</p>"
         f'<div class="plots">{plots}</div>{prompts}</html>\n'
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lib_memnoise.lab.bench import PRESETS, STEPS, Generated, generate, make_network, noises
+from lib_memnoise.lab.bench import PRESETS, STEPS, generate, make_network, noises
 from lib_memnoise.lab.samplers import SAMPLERS
+from lib_memnoise.lab.workers import Workers
 from lib_memnoise.miniature.model import Miniature, to_pictures
 from lib_memnoise.miniature.scenes import Prompt, draw, prompts
 from lib_memnoise.miniature.yardsticks import COPIED
+from lib_memnoise.prediction import norm_ratio
 from lib_memnoise.settings import Settings
-from lib_memnoise.similarity import similarity
+from lib_memnoise.similarity import thumbnails
 
 BATCH = 32
 
@@ -35,9 +39,20 @@ def memorised_prompts() -> list[Prompt]:
     return [prompt for prompt in prompts() if prompt.memorised]
 
 
+@functools.cache
 def references() -> NDArray[np.uint8]:
-    """The memorised pictures, `(R, 128, 128, 3)`."""
+    """The memorised pictures, `(R, 128, 128, 3)`. Drawn once: not to be written to."""
     return np.stack([draw(prompt.scene) for prompt in memorised_prompts()])
+
+
+@functools.cache
+def _reference_thumbnails() -> Tensor:
+    return thumbnails(to_pictures(references()))
+
+
+def likeness(pictures: Tensor) -> Tensor:
+    """Similarity `(B, R)` of pictures `(B, 3, H, W)` to each memorised picture."""
+    return thumbnails(pictures) @ _reference_thumbnails().T
 
 
 def subjects(*, memorised: bool, held_out: bool) -> list[Subject]:
@@ -64,7 +79,9 @@ class Images:
     noise: Tensor
     """x̃_T, `(S·I, 4, 16, 16)`."""
     similarity: NDArray[np.float64]
-    """To the subject's memorised picture; of a subject without one, to the nearest of all."""
+    """To the nearest of all memorised pictures: a copy of another prompt's picture is one."""
+    similarity_own: NDArray[np.float64]
+    """To the subject's own memorised picture, never above `similarity`; NaN of a subject without one."""
     alignment: NDArray[np.float64]
     before: NDArray[np.float64]
     after: NDArray[np.float64]
@@ -79,6 +96,11 @@ class Images:
     @property
     def copied(self) -> NDArray[np.bool_]:
         return self.similarity > COPIED
+
+    @property
+    def copied_own(self) -> NDArray[np.bool_]:
+        """Copies of the subject's own picture; of a subject without one none is."""
+        return self.similarity_own > COPIED
 
 
 @torch.no_grad()
@@ -105,8 +127,102 @@ def first_predictions(
     return torch.cat(deltas), torch.cat(unconditionals)
 
 
-def study(
-    model: Miniature,
+@dataclass(frozen=True)
+class Batch:
+    """Images to generate at once: all that another process must know of them."""
+
+    subjects: tuple[Subject, ...]
+    """Of each image."""
+    seeds: tuple[int, ...]
+    settings: Settings
+    sampler: str
+    steps: int
+    looking: bool
+    replaced: NDArray[np.float32] | None
+    """Initial latents, `(B, 4, 16, 16)`; None: the seeds'."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What came of a batch. Arrays, which go from process to process as they are; `(B,)` unless it says otherwise."""
+
+    pictures: NDArray[np.float32]
+    """`(B, 3, 128, 128)`."""
+    noise: NDArray[np.float32]
+    """x̃_T, `(B, 4, 16, 16)`."""
+    likeness: NDArray[np.float32]
+    """To each of `references`, `(B, R)`."""
+    alignment: NDArray[np.float32]
+    before: NDArray[np.float32]
+    after: NDArray[np.float32]
+    forward: NDArray[np.int64]
+    backward: NDArray[np.int64]
+    trace: NDArray[np.float32]
+    """`(steps, B)`."""
+    timesteps: list[float]
+
+
+def part(model: Miniature, batch: Batch) -> Part:
+    """Generate and measure a batch."""
+    x = noises(batch.seeds) if batch.replaced is None else torch.tensor(batch.replaced)
+    made = generate(
+        model,
+        [subject.caption for subject in batch.subjects],
+        x,
+        batch.settings,
+        seeds=batch.seeds,
+        sampler=batch.sampler,
+        steps=batch.steps,
+        looking=batch.looking,
+    )
+    pictures = model.decode(made.latents)
+    return Part(
+        pictures=pictures.numpy(),
+        noise=made.noise.numpy(),
+        likeness=likeness(pictures).numpy(),
+        alignment=model.alignment(pictures, [subject.labels for subject in batch.subjects]).numpy(),
+        before=made.before.numpy(),
+        after=made.after.numpy(),
+        forward=made.forward.numpy(),
+        backward=made.backward.numpy(),
+        trace=np.stack([size.numpy() for _, size in made.trace]) if made.trace else np.empty((0, len(x)), np.float32),
+        timesteps=[t for t, _ in made.trace],
+    )
+
+
+def collected(chosen: Sequence[Subject], images: int, parts: Sequence[Part]) -> Images:
+    """The batches of `images` images of every subject put together."""
+
+    def shaped(values: NDArray[Any]) -> NDArray[np.float64]:
+        return values.astype(np.float64).reshape(*values.shape[:-1], len(chosen), images)
+
+    def joined(name: str, axis: int = 0) -> NDArray[Any]:
+        return np.concatenate([getattr(part, name) for part in parts], axis)
+
+    noise = torch.from_numpy(joined("noise"))
+    alike = joined("likeness").astype(np.float64)
+    own = np.full(len(alike), np.nan)
+    for k, row in enumerate(np.repeat([-1 if s.memorised is None else s.memorised for s in chosen], images)):
+        if row >= 0:
+            own[k] = alike[k, row]
+    return Images(
+        pictures=torch.from_numpy(joined("pictures")).unflatten(0, (len(chosen), images)),
+        noise=noise,
+        similarity=shaped(alike.max(1)),
+        similarity_own=shaped(own),
+        alignment=shaped(joined("alignment")),
+        before=shaped(joined("before")),
+        after=shaped(joined("after")),
+        forward=shaped(joined("forward")),
+        backward=shaped(joined("backward")),
+        norm=shaped(norm_ratio(noise).numpy()),
+        trace=shaped(joined("trace", 1)),
+        timesteps=parts[0].timesteps,
+    )
+
+
+def begin(
+    workers: Workers,
     chosen: Sequence[Subject],
     settings: Settings,
     *,
@@ -117,79 +233,62 @@ def study(
     looking: bool = False,
     replaced: Tensor | None = None,
     progress: Callable[[int], None] = lambda done: None,
-) -> Images:
-    """Generate `images` images of every subject.
+) -> Callable[[], Images]:
+    """Have `images` images of every subject generated; the function returned waits for them.
 
     Args:
         seed: the same seed gives the same noises for every method.
         looking: trace ‖Δ‖ at every step (costs rows, which are not counted).
         replaced: initial latents to use instead of the seeds', `(S·I, 4, 16, 16)`.
-        progress: called with the number of images just finished.
+        progress: called with the number of images just finished, from any thread.
     """
     every = [(s, i) for s in range(len(chosen)) for i in range(images)]
-    seeds = [seed_of(s, i, seed) for s, i in every]
-    x = noises(seeds) if replaced is None else replaced
-    parts: list[Generated] = []
-    pictures = []
+    parts: list[Future[Part]] = []
+
+    def done(future: Future[Part]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            progress(len(future.result().noise))
+
     for start in range(0, len(every), BATCH):
-        captions = [chosen[s].caption for s, _ in every[start : start + BATCH]]
-        part = generate(
-            model,
-            captions,
-            x[start : start + BATCH],
+        some = every[start : start + BATCH]
+        batch = Batch(
+            tuple(chosen[s] for s, _ in some),
+            tuple(seed_of(s, i, seed) for s, i in some),
             settings,
-            seeds=seeds[start : start + BATCH],
-            sampler=sampler,
-            steps=steps,
-            looking=looking,
+            sampler,
+            steps,
+            looking,
+            None if replaced is None else replaced[start : start + BATCH].numpy(),
         )
-        pictures.append(model.decode(part.latents))
-        parts.append(part)
-        progress(len(captions))
-    picture = torch.cat(pictures)
-    likeness = similarity(picture, to_pictures(references()))
-    alike = [
-        float(row.max() if chosen[s].memorised is None else row[chosen[s].memorised])
-        for row, (s, _) in zip(likeness, every)
-    ]
-    aligned = model.alignment(picture, [chosen[s].labels for s, _ in every])
+        future = workers.submit(part, batch)
+        future.add_done_callback(done)
+        parts.append(future)
+    return lambda: collected(chosen, images, [future.result() for future in parts])
 
-    def shaped(values: Any) -> NDArray[np.float64]:
-        array = np.asarray(values, dtype=np.float64)
-        return array.reshape(*array.shape[:-1], len(chosen), images)
 
-    def joined(name: str) -> NDArray[np.float64]:
-        return shaped(torch.cat([getattr(part, name) for part in parts]))
-
-    noise = torch.cat([part.noise for part in parts])
-    timesteps = [t for t, _ in parts[0].trace]
-    trace = [np.concatenate([part.trace[k][1].numpy() for part in parts]) for k in range(len(timesteps))]
-    return Images(
-        pictures=picture.unflatten(0, (len(chosen), images)),
-        noise=noise,
-        similarity=shaped(alike),
-        alignment=shaped(aligned),
-        before=joined("before"),
-        after=joined("after"),
-        forward=joined("forward"),
-        backward=joined("backward"),
-        norm=shaped(noise.flatten(1).norm(dim=1) / noise[0].numel() ** 0.5),
-        trace=shaped(np.stack(trace)) if trace else np.empty((0, len(chosen), images)),
-        timesteps=timesteps,
-    )
+def study(model: Miniature, chosen: Sequence[Subject], settings: Settings, *, images: int, **how: Any) -> Images:
+    """Generate `images` images of every subject in this process; see `begin`."""
+    return begin(Workers(model), chosen, settings, images=images, **how)()
 
 
 def record(name: str, settings: Settings, parameterization: str, result: Images) -> dict[str, Any]:
-    """One method's results for machines: means over all images, `copied` as a share, rows an image."""
+    """One method's results for machines: means over all images, copies as shares, rows an image.
+
+    `similarity` and `copied` are of the nearest of all memorised pictures; with `_own` of the prompt's own, None where
+    no prompt has one.
+    """
     used = settings.resolved(PRESETS[parameterization]).of_method() if settings.enabled else {"enabled": False}
     subjects_count, images = result.similarity.shape
+    known = ~np.isnan(result.similarity_own)
     return {
         "method": name,
         "settings": used,
         "prompts": subjects_count,
         "images": images,
         "similarity": float(result.similarity.mean()),
+        "similarity_own": float(result.similarity_own[known].mean()) if known.any() else None,
         "copied": float(result.copied.mean()),
+        "copied_own": float(result.copied_own[known].mean()) if known.any() else None,
         "alignment": float(result.alignment.mean()),
         "rows": float(result.forward.mean()),
         "backward_rows": float(result.backward.mean()),

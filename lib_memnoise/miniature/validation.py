@@ -33,8 +33,10 @@ def through_autoencoder(model: Miniature, pictures: Tensor) -> Tensor:
 def validate(model: Miniature | None = None, others: int = OTHERS) -> dict[str, float]:
     """Shares and correlations on pictures in no training set, and on changed copies of the memorised ones.
 
-    Keys: `psnr` of the autoencoder in dB; `copy …`, the lowest similarity of a memorised picture that was changed so;
-    `other …`, the highest similarity of any other picture, and of a memorised one whose objects are elsewhere;
+    Keys: `psnr` of the autoencoder in dB; `copy …`, the lowest similarity of a memorised picture that was changed so to
+    the nearest of all memorised pictures, and with `own` to that picture; `other …`, the highest similarity of any
+    other picture to any memorised one: of a memorised picture to another (`one to another`), of one whose objects are
+    elsewhere, which with `own` is that to itself;
     `recall …` and `false alarms …` of the detector at a probability of 0.5; `alignment …`, as it is measured of
     generations, of real pictures with a true object and with one that is not there.
     """
@@ -46,8 +48,9 @@ def validate(model: Miniature | None = None, others: int = OTHERS) -> dict[str, 
     memorised = [prompt.scene for prompt in prompts() if prompt.memorised]
     references = rendered(memorised)
 
-    def own(changed: Tensor) -> float:
-        return float(similarity(changed, references).diagonal().min())
+    def least(name: str, changed: Tensor) -> dict[str, float]:
+        alike = similarity(changed, references)
+        return {name: float(alike.max(1).values.min()), f"{name}, own": float(alike.diagonal().min())}
 
     def rearranged(scene: Scene) -> Scene:
         # The same objects on the same background, each somewhere else.
@@ -55,15 +58,17 @@ def validate(model: Miniature | None = None, others: int = OTHERS) -> dict[str, 
         return replace(scene, objects=moved)
 
     noise = torch.from_numpy(random.standard_normal(references.shape, dtype=np.float32))
+    elsewhere = similarity(rendered([rearranged(scene) for scene in memorised]), references)
+    among = similarity(references, references).fill_diagonal_(-1)
     found = {
         "psnr": float(-10 * torch.log10((coded - pictures[:200]).square().mean() / 4)),
-        "copy, through the autoencoder": own(through_autoencoder(model, references)),
-        "copy, with noise": own(references + 0.3 * noise),
-        "copy, blurred": own(F.avg_pool2d(references, 9, 1, 4)),
-        "copy, paler": own(0.6 * references + 0.1),
-        "other, its own objects elsewhere": float(
-            similarity(rendered([rearranged(scene) for scene in memorised]), references).diagonal().max()
-        ),
+        **least("copy, through the autoencoder", through_autoencoder(model, references)),
+        **least("copy, with noise", references + 0.3 * noise),
+        **least("copy, blurred", F.avg_pool2d(references, 9, 1, 4)),
+        **least("copy, paler", 0.6 * references + 0.1),
+        "other, memorised pictures one to another": float(among.max()),
+        "other, its own objects elsewhere": float(elsewhere.max()),
+        "other, its own objects elsewhere, own": float(elsewhere.diagonal().max()),
         "other, any": float(similarity(pictures, references).max()),
     }
     for name, shown, count in (("real", pictures, others), ("coded", coded, 200)):
