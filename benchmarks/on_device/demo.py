@@ -83,16 +83,14 @@ def row(name: str, cpu: Found, here: Found) -> dict[str, Any]:
 
 
 def study(run: Run, chosen: Any, settings: Any, images: int, device: str, dtype: torch.dtype) -> Found:
-    """As `lab.study.study`, on a device: the similarity of every image to its subject's memorised picture."""
+    """As `lab.study.study`, on a device: every image's similarity to the nearest memorised picture."""
     from lib_memnoise.lab import bench
-    from lib_memnoise.lab.study import references, seed_of
-    from lib_memnoise.miniature.model import load_miniature, to_pictures
+    from lib_memnoise.lab.study import likeness, seed_of
+    from lib_memnoise.miniature.model import load_miniature
     from lib_memnoise.miniature.yardsticks import COPIED
-    from lib_memnoise.similarity import similarity
 
     started = time.perf_counter()
     model = load_miniature().to(device, dtype)
-    known = to_pictures(references())
     every = [(s, i) for s in range(len(chosen)) for i in range(images)]
     found = []
     for start in range(0, len(every), BATCH):
@@ -101,7 +99,6 @@ def study(run: Run, chosen: Any, settings: Any, images: int, device: str, dtype:
         captions = [chosen[s].caption for s, _ in part]
         steps = 5 if run.small else bench.STEPS
         made = bench.generate(model, captions, bench.noises(seeds).to(device), settings, seeds=seeds, steps=steps)
-        likeness = similarity(model.decode(made.latents).cpu(), known)
-        found += [float(row[chosen[s].memorised]) for row, (s, _) in zip(likeness, part)]
+        found += likeness(model.decode(made.latents).cpu()).amax(1).tolist()
     alike = np.array(found, dtype=np.float32).reshape(len(chosen), images)
     return Found(alike, alike > COPIED, time.perf_counter() - started)

@@ -50,8 +50,8 @@ class Network:
     """`(B,)`: where each image's rows are counted."""
     forward: Tensor
     backward: Tensor
-    answers: dict[int, tuple[Tensor, float, Tensor, Tensor]]
-    """Of each image, the input, timestep and outputs of its smallest Δ: the sampler's first question."""
+    answers: dict[int, tuple[Tensor, float, Tensor, Tensor, float]]
+    """Of each image, the input, timestep and outputs of its smallest Δ, and ‖Δ‖: the sampler's first question."""
     heard: tuple[Row, ...] | None = None
     """How each image's prompt is attended to; None: as usual."""
 
@@ -64,10 +64,12 @@ class Network:
 
     def delta(self, x: Tensor, t: float, *, counted: bool = True) -> tuple[Tensor, Tensor]:
         """Δ(x, t) and the unconditional output, by two rows an image; none where the answer is known."""
-        new = [row for row in range(len(x)) if not self._is_known(row, x[row], t)]
+        # A gradient cannot be had of what is known.
+        known = [] if x.requires_grad else self._known(x, t)
+        new = [row for row in range(len(x)) if row not in known]
         if len(new) < len(x):
             # As in the WebUI, only what differs is evaluated.
-            outputs = {row: self.answers[int(self.image[row])][2:] for row in range(len(x)) if row not in new}
+            outputs = {row: self.answers[int(self.image[row])][2:4] for row in known}
             if new:
                 outputs |= dict(zip(new, zip(*self.of(new).delta(x[new], t, counted=counted))))
             delta, unconditional = (torch.stack(list(part)) for part in zip(*(outputs[row] for row in range(len(x)))))
@@ -83,16 +85,20 @@ class Network:
         with contextlib.nullcontext() if heard is None else scaled(self.model.unet, heard):
             return self.model(x, torch.full((len(x),), t, device=x.device), context)
 
-    def _is_known(self, row: int, x: Tensor, t: float) -> bool:
-        answer = self.answers.get(int(self.image[row]))
-        return answer is not None and answer[1] == t and torch.equal(answer[0], x)
+    def _known(self, x: Tensor, t: float) -> list[int]:
+        """The rows whose answers are at hand: of the same input, to the bit."""
+        answers = {row: self.answers.get(image) for row, image in enumerate(self.image.tolist())}
+        asked = {row: answer[0] for row, answer in answers.items() if answer is not None and answer[1] == t}
+        # Compared at once: a GPU is waited for once.
+        same = [(x[row] == before).all() for row, before in asked.items()]
+        return [row for row, yes in zip(asked, torch.stack(same).tolist() if same else []) if yes]
 
     def remember(self, x: Tensor, t: float, delta: Tensor, unconditional: Tensor) -> None:
         """Keep the answers, each if it is the image's smallest Δ so far."""
-        for row, image in enumerate(self.image.tolist()):
-            known = self.answers.get(image)
-            if known is None or delta[row].norm() <= known[2].norm():
-                self.answers[image] = x[row].detach(), t, delta[row].detach(), unconditional[row].detach()
+        sizes = magnitude(delta.detach()).tolist()
+        for row, (image, size) in enumerate(zip(self.image.tolist(), sizes)):
+            if image not in self.answers or size <= self.answers[image][4]:
+                self.answers[image] = x[row].detach(), t, delta[row].detach(), unconditional[row].detach(), size
 
     def of(self, images: list[int]) -> Network:
         heard = None if self.heard is None else tuple(self.heard[i] for i in images)
@@ -140,6 +146,11 @@ def make_network(model: Miniature, captions: Sequence[str]) -> Network:
     count = torch.zeros(len(captions), dtype=torch.long)
     cond, uncond = model.encode(captions), model.encode([""]).expand(len(captions), -1, -1)
     return Network(model, cond, uncond, torch.arange(len(captions)), count, count.clone(), {})
+
+
+def _part(x: Tensor, images: Sequence[int]) -> Tensor:
+    """These images of a batch; an index that comes from Python makes a GPU wait."""
+    return x if len(images) == len(x) else x[list(images)]
 
 
 @dataclass(frozen=True)
@@ -211,27 +222,28 @@ class Guided:
         off = [i for i in images if self.starts[i].is_off(t)]
         unheard = [i for i in off if not self.starts[i].hears]
         heard = [i for i in images if i not in unheard]
-        prediction, size = torch.empty_like(x), x.new_zeros(len(x))
+        predictions, sizes = list(x), list(x.new_zeros(len(x)))
         if heard:
-            delta, unconditional = self._of(heard).delta(x[heard], t)
-            size[heard] = magnitude(delta)
-            guided = unconditional + self.cfg * delta
+            delta, unconditional = self._of(heard).delta(_part(x, heard), t)
+            size, guided = magnitude(delta), unconditional + self.cfg * delta
             for k, i in enumerate(heard):
+                predictions[i], sizes[i] = guided[k], size[k]
                 if i in off:
-                    self.starts[i].observe(t, float(size[i]))
+                    self.starts[i].observe(t, float(size[k]))
                 if self.starts[i].is_off(t):
                     # ε_θ(x_t, t, y_null) − s · ε̃(x_t, t, y) (opposite guidance, Jain et al. 2025); s = 0: off.
-                    prediction[i] = unconditional[k] - self.starts[i].opposite * delta[k]
-                else:
-                    prediction[i] = guided[k]
+                    predictions[i] = unconditional[k] - self.starts[i].opposite * delta[k]
         if unheard:
-            prediction[unheard] = self._of(unheard)(x[unheard], t, False)
+            found = self._of(unheard)(_part(x, unheard), t, False)
             if self.looking:
-                conditional = self._of(unheard)(x[unheard], t, True, counted=False)
-                size[unheard] = magnitude(conditional - prediction[unheard])
+                conditional = self._of(unheard)(_part(x, unheard), t, True, counted=False)
+                size = magnitude(conditional - found)
+            for k, i in enumerate(unheard):
+                predictions[i] = found[k]
+                sizes[i] = size[k] if self.looking else sizes[i]
         if self.looking:
-            self.trace.append((t, size))
-        return prediction
+            self.trace.append((t, torch.stack(sizes)))
+        return torch.stack(predictions)
 
     def _of(self, images: list[int]) -> Network:
         return self.network if len(images) == len(self.starts) else self.network.of(images)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.mitigations.outcome import Initial, Outcome
-from lib_memnoise.prediction import Delta, magnitude, working_precision
+from lib_memnoise.prediction import Delta, magnitude, per_image, working_precision
 from lib_memnoise.settings import Settings
 
 
@@ -33,7 +33,8 @@ def adjust(x: Tensor, delta: Delta, initial: Initial, *, candidates: int) -> tup
         other = torch.stack([initial.noise(x, image, k) for image in range(len(x))])
         value = magnitude(delta(other).to(x.dtype))
         better = value < least
-        best[better], least[better], chosen[better] = other[better], value[better], k
+        best, least = torch.where(per_image(better), other, best), torch.where(better, value, least)
+        chosen = torch.where(better, k, chosen)
     return best, before, least, chosen
 
 

@@ -42,9 +42,11 @@ class SphereSteps(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for x in group["params"]:
-                if x.grad is None or not bool((size := torch.linalg.vector_norm(x.grad)) > 0):
+                if x.grad is None:
                     continue
-                norm = torch.linalg.vector_norm(x)
+                size, norm = torch.linalg.vector_norm(x.grad), torch.linalg.vector_norm(x)
+                # Without a direction there is no step; asking whether there is one would wait for the device.
+                size = torch.where(size > 0, size, torch.inf)
                 x -= group["lr"] * x.numel() ** 0.5 / size * x.grad
                 x *= norm / torch.linalg.vector_norm(x)
 
