@@ -115,10 +115,13 @@ ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
 
 
 def register(_: Any, app: Any) -> None:
-    """`on_app_started`: endpoints under /memnoise/v1, guarded as the host's own are (`--api-auth`)."""
-    guarded = next((route for route in app.routes if getattr(route, "path", "") == "/sdapi/v1/options"), None)
-    if guarded is None and getattr(shared.cmd_opts, "api_auth", None):
-        return  # a password was asked for, but the host's API that checks it is not there
-    dependencies = list(guarded.dependencies) if guarded is not None else []
+    """`on_app_started`: endpoints under /memnoise/v1, for whoever may use the host's own.
+
+    Without `--api` the host has none, and the page, which needs none, may be behind a password of its own
+    (`--gradio-auth`) that guards no other route. Where its API has a password (`--api-auth`), so have these.
+    """
+    own = next((route for route in app.routes if getattr(route, "path", "") == "/sdapi/v1/txt2img"), None)
+    if own is None:
+        return
     for method, path, endpoint in ROUTES:
-        app.add_api_route(f"/memnoise/v1/{path}", endpoint, methods=[method], dependencies=dependencies)
+        app.add_api_route(f"/memnoise/v1/{path}", endpoint, methods=[method], dependencies=list(own.dependencies))
