@@ -11,7 +11,7 @@ from modules import call_queue, devices, shared
 
 from lib_memnoise import __version__
 from lib_memnoise.calibration import ordinary_prompts
-from lib_memnoise.host import calibrations, request, scoring
+from lib_memnoise.host import calibrations, payload, request, scoring
 from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.network import load_checkpoint, loads_late, network
 from lib_memnoise.host.traces import STORE
@@ -135,5 +135,6 @@ def register(_: Any, app: Any) -> None:
     own = next((route for route in app.routes if getattr(route, "path", "") == "/sdapi/v1/txt2img"), None)
     if own is None:
         return
+    payload.watch(app)
     for method, path, endpoint in ROUTES:
         app.add_api_route(f"/memnoise/v1/{path}", endpoint, methods=[method], dependencies=list(own.dependencies))
