@@ -7,13 +7,13 @@ Nothing here imports torch, gradio or a WebUI.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lib_memnoise.mitigations import METHODS
+from lib_memnoise.wording import echo, meant
 
 
 class SettingError(ValueError):
@@ -558,7 +558,7 @@ def check(name: str, value: Any) -> Any:
         SettingError: unknown name, wrong type, null, not finite, out of bounds, unknown choice.
     """
     if name not in SPECS:
-        raise SettingError(f"memnoise has no setting {name!r}; it has {', '.join(SPECS)}.")
+        raise unknown(name)
     spec, kind = SPECS[name], type_of(name)
     ok: bool
     if spec.choices is not None:
@@ -566,21 +566,23 @@ def check(name: str, value: Any) -> Any:
     elif kind is bool:
         ok = isinstance(value, bool)
     else:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # No conversion before: an integer may be too large for a float.
         ok = number and spec.low is not None and spec.high is not None and spec.low <= value <= spec.high
         if ok and kind is int:
             ok = float(value).is_integer()
         if ok:
             value = kind(value)
     if not ok:
-        raise SettingError(f"memnoise: {name} = {_shown(value)} is not valid; it must be {requirement(name)}.")
+        hint = meant(value, spec.choices or {})
+        raise SettingError(f"memnoise: {name} = {echo(value)} is not valid{hint}; it must be {requirement(name)}.")
     return value
 
 
-def _shown(value: Any) -> str:
-    text = "null" if value is None else value if isinstance(value, str) else repr(value).removesuffix(".0")
-    text = json.dumps(text, ensure_ascii=False) if isinstance(value, str) else text
-    return text if len(text) <= 80 else text[:77] + "..."
+def unknown(name: Any) -> SettingError:
+    """That there is no setting of this name, and which one was likely meant."""
+    hint = meant(name, {known: spec.label for known, spec in SPECS.items()})
+    return SettingError(f"memnoise: there is no setting {echo(name)}{hint}; the settings are {', '.join(SPECS)}.")
 
 
 def from_mapping(given: Mapping[str, Any]) -> Settings:
@@ -591,16 +593,16 @@ def from_mapping(given: Mapping[str, Any]) -> Settings:
     """
     for name in given:
         if not isinstance(name, str):
-            raise SettingError(f"memnoise has no setting {name!r}; it has {', '.join(SPECS)}.")
+            raise unknown(name)
     settings = Settings(**{name: check(name, value) for name, value in given.items()})
     if METHODS[settings.method].module == "transition" and settings.start == "first":
         raise SettingError(
-            f"memnoise: guidance = first leaves the method {settings.method} nothing to do; it needs guidance to start "
-            "at tau or at the transition."
+            f'memnoise: guidance = "first" leaves the method {settings.method} nothing to do; with it, guidance must '
+            'start at "tau" or "transition".'
         )
     for name in given:
         if not is_used(name, given):
-            raise SettingError(f"memnoise: {name} = {_shown(given[name])} {misplaced(name, given)}")
+            raise SettingError(f"memnoise: {name} = {echo(given[name])} {misplaced(name, given)}")
     return settings
 
 
@@ -619,7 +621,8 @@ def from_text(name: str, text: Any) -> Any:
             if kind is bool:
                 value = {"true": True, "false": False}[text.lower()]
             elif kind in (int, float):
-                value = float(text)
+                # What is no finite number is refused as it was written.
+                value = float(text) if math.isfinite(float(text)) else text
         except (KeyError, ValueError):
             pass
     return check(name, value)

@@ -102,7 +102,9 @@ def test_booleans_are_not_numbers_and_bounds_are_inclusive(name: str) -> None:
 
 
 def test_other_mistakes() -> None:
-    with pytest.raises(SettingError, match=r"no setting 'taw'; it has enabled, method"):
+    with pytest.raises(
+        SettingError, match=r'no setting "taw" \(did you mean "tau"\?\); the settings are enabled, method'
+    ):
         from_mapping({"taw": 900})
     with pytest.raises(
         SettingError,
@@ -122,7 +124,7 @@ def test_other_mistakes() -> None:
         from_mapping({"threshold": 2})
     with pytest.raises(SettingError, match=r"steps = 1\.5"):
         from_mapping({"steps": 1.5})
-    with pytest.raises(SettingError, match="has no setting 3"):
+    with pytest.raises(SettingError, match="there is no setting 3"):
         from_mapping({3: 3})  # type: ignore[dict-item]
 
 

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastapi import Body, HTTPException
+from fastapi import Body
 from modules import call_queue, devices, shared
 
 from lib_memnoise import __version__
 from lib_memnoise.calibration import ordinary_prompts
-from lib_memnoise.host import calibrations, scoring
+from lib_memnoise.host import calibrations, payload, request, scoring
+from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.network import load_checkpoint, loads_late, network
 from lib_memnoise.host.traces import STORE
 from lib_memnoise.settings import json_schema
+from lib_memnoise.wording import echo
 
 
 def answered(what: Callable[[], Any]) -> Any:
@@ -23,16 +25,19 @@ def answered(what: Callable[[], Any]) -> Any:
         return what()
     except scoring.REFUSALS as error:
         status = 409 if isinstance(error, scoring.Stopped) else 422
-        raise HTTPException(status_code=status, detail=scoring.said(error)) from None
+        raise Refusal(scoring.said(error), status) from None
+    except RecursionError:
+        # The host reads brackets in prompts by recursion.
+        raise Refusal("memnoise: the prompt's brackets are nested too deeply.") from None
 
 
 def score(body: Any = Body(...)) -> Any:  # noqa: B008
     """`POST /memnoise/v1/score`: scores of images that are not generated."""
 
     def run() -> Any:
-        request = scoring.parse(body)
+        wanted = request.parse(body)
         with scoring.queued("memnoise-score"):
-            return scoring.answer(request)
+            return scoring.answer(wanted)
 
     return answered(run)
 
@@ -41,11 +46,18 @@ def calibrate(body: Any = Body(default={})) -> Any:  # noqa: B008
     """`POST /memnoise/v1/calibrate`: score ordinary prompts on the loaded checkpoint, and keep that."""
 
     def run() -> Any:
-        request = scoring.parse({"prompts": ordinary_prompts(), **body} if isinstance(body, dict) else body)
+        wanted = to_calibrate(body)
         with scoring.queued("memnoise-calibration"):
-            return scoring.summary(scoring.calibrate(request))
+            return scoring.summary(scoring.calibrate(wanted))
 
     return answered(run)
+
+
+def to_calibrate(body: Any) -> request.Request:
+    """What a calibration is asked for: ordinary prompts unless others are given; it has seeds of its own."""
+    if isinstance(body, dict) and not {"prompt", "prompts"} & body.keys():
+        body = {"prompts": ordinary_prompts(), **body}
+    return request.parse(body, kind="calibration", without=(*request.OWN, "seed", "seeds", "words"))
 
 
 def compare(body: Any = Body(...)) -> Any:  # noqa: B008
@@ -53,9 +65,9 @@ def compare(body: Any = Body(...)) -> Any:  # noqa: B008
     from lib_memnoise.host import compare
 
     def run() -> Any:
-        request = compare.parse(body)
+        wanted = compare.parse(body)
         with scoring.queued("memnoise-compare"):
-            return compare.answer(*request)
+            return compare.answer(*wanted)
 
     return answered(run)
 
@@ -72,7 +84,7 @@ def about() -> Any:
             load_checkpoint()
     info = getattr(shared.sd_model, "sd_checkpoint_info", None)
     if info is None:
-        raise HTTPException(status_code=503, detail="memnoise: no checkpoint is loaded.")
+        raise Refusal("memnoise: no checkpoint is loaded.", 503)
     weight = next(network().unet.parameters())
     return {
         "memnoise": __version__,
@@ -98,7 +110,7 @@ def trace(name: str) -> Any:
     """`GET /memnoise/v1/trace/{name}`."""
     found = STORE.get(name)
     if found is None:
-        raise HTTPException(status_code=404, detail=f"memnoise: there is no trace {name[:40]!r} (any more).")
+        raise Refusal(f"memnoise: there is no trace {echo(name, 40)} (any more).", 404)
     return found
 
 
@@ -115,10 +127,14 @@ ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
 
 
 def register(_: Any, app: Any) -> None:
-    """`on_app_started`: endpoints under /memnoise/v1, guarded as the host's own are (`--api-auth`)."""
-    guarded = next((route for route in app.routes if getattr(route, "path", "") == "/sdapi/v1/options"), None)
-    if guarded is None and getattr(shared.cmd_opts, "api_auth", None):
-        return  # a password was asked for, but the host's API that checks it is not there
-    dependencies = list(guarded.dependencies) if guarded is not None else []
+    """`on_app_started`: endpoints under /memnoise/v1, for whoever may use the host's own.
+
+    Without `--api` the host has none, and the page, which needs none, may be behind a password of its own
+    (`--gradio-auth`) that guards no other route. Where its API has a password (`--api-auth`), so have these.
+    """
+    own = next((route for route in app.routes if getattr(route, "path", "") == "/sdapi/v1/txt2img"), None)
+    if own is None:
+        return
+    payload.watch(app)
     for method, path, endpoint in ROUTES:
-        app.add_api_route(f"/memnoise/v1/{path}", endpoint, methods=[method], dependencies=dependencies)
+        app.add_api_route(f"/memnoise/v1/{path}", endpoint, methods=[method], dependencies=list(own.dependencies))

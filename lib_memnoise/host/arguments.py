@@ -5,14 +5,15 @@ Order of precedence: X/Y/Z cell, the API's dict, then infotext and page.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import HTTPException
+from modules import errors
 
-from lib_memnoise.host.refusals import loses_errors
+from lib_memnoise.host.refusals import loses_errors, named_on_the_page
 from lib_memnoise.settings import DECIDING, SPECS, SettingError, Settings, check, from_mapping, from_shown, is_used
+from lib_memnoise.wording import echo, printable
 
 PLOT = "memnoise_plot"
 """Attribute of a plot cell's `p`: what its axes set, by name."""
@@ -28,14 +29,15 @@ SLOTS = ("enabled", "options", "surplus", *CONTROLS, "unreadable")
 empty on the page. `unreadable` holds what a pasted infotext said that could not be read."""
 
 
+@named_on_the_page
 class Refusal(HTTPException):
     """Bad settings: HTTP 422 through the API, and a readable sentence on the page."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(status_code=422, detail=message)
+    def __init__(self, message: str, status: int = 422) -> None:
+        super().__init__(status_code=status, detail=message)
 
     def __str__(self) -> str:
-        return str(self.detail)
+        return str(self.detail).removeprefix("memnoise: ")
 
 
 def requested(p: Any, args: Sequence[Any]) -> Settings | Refusal:
@@ -52,6 +54,10 @@ def requested(p: Any, args: Sequence[Any]) -> Settings | Refusal:
         return from_mapping(merged)
     except SettingError as error:
         return Refusal(str(error))
+    except Exception as error:
+        # The host would swallow it and make the image as if nothing had been asked for.
+        errors.report("memnoise: the settings could not be read", exc_info=True)
+        return Refusal(f"memnoise: the settings could not be read ({type(error).__name__}).", status=500)
 
 
 def from_arguments(args: Sequence[Any]) -> dict[str, Any]:
@@ -64,7 +70,7 @@ def from_arguments(args: Sequence[Any]) -> dict[str, Any]:
         SettingError: arguments of another form.
     """
     if len(args) != len(SLOTS):
-        raise SettingError(f"memnoise was given {len(args)} arguments instead of {len(SLOTS)}.")
+        raise SettingError(f"memnoise: the script was given {len(args)} arguments instead of {len(SLOTS)}.")
     slots = dict(zip(SLOTS, args))
     first, options = slots["enabled"], slots["options"]
     if isinstance(first, Mapping):
@@ -73,20 +79,20 @@ def from_arguments(args: Sequence[Any]) -> dict[str, Any]:
         return {"enabled": True, **first}
     if not isinstance(first, bool):
         raise SettingError(
-            f"memnoise: the first argument = {_json(first)} is not valid; it must be true, false or a dict of settings."
+            f"memnoise: the first argument = {echo(first)} is not valid; it must be true, false or a dict of settings."
         )
     if isinstance(options, Mapping):
         if slots["surplus"] not in (None, ""):
             raise surplus(slots["surplus"])
         return {"enabled": first, **options}
-    if options not in (None, ""):
+    if options is not None:
         raise SettingError(
-            f"memnoise: the second argument = {_json(options)} is not valid; it must be a dict of settings."
+            f"memnoise: the second argument = {echo(options)} is not valid; it must be a dict of settings."
         )
     if slots["surplus"] not in (None, ""):
         raise surplus(slots["surplus"])
     if first and slots["unreadable"]:
-        raise SettingError(f"The pasted infotext cannot be used: {slots['unreadable']}")
+        raise SettingError(f"memnoise: the pasted infotext cannot be used: {_complaint(slots['unreadable'])}")
     return {"enabled": first, **from_controls(slots)}
 
 
@@ -104,13 +110,26 @@ def from_controls(slots: Mapping[str, Any]) -> dict[str, Any]:
 
 def surplus(value: Any) -> SettingError:
     return SettingError(
-        f"memnoise takes true or false and one dict of settings; the argument {_json(value)} is one too many."
+        f"memnoise: the argument {echo(value)} is one too many; there may be true or false and one dict of settings."
     )
 
 
-def _json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _complaint(value: Any) -> str:
+    """What the page keeps of an infotext that could not be read: sentences, unless a program put something there."""
+    if not isinstance(value, str):
+        return f"{echo(value)}."
+    text = "".join(c if c == '"' else printable(c) for c in value[:1000].replace("memnoise: ", ""))
+    return text if len(value) <= 1000 else f"{text}..."
+
+
+def selected_script(p: Any) -> Any:
+    """The selectable script that a request runs, such as a plot; None: it runs none."""
+    number = p.script_args_value[0] if p.script_args_value else None
+    # Generations that are no request of the host's page or API may have something else in its place.
+    if not isinstance(number, int) or isinstance(number, bool):
+        return None
+    selectable = getattr(p.scripts, "selectable_scripts", ())
+    return selectable[number - 1] if 0 < number <= len(selectable) else None
 
 
 class RefusedArguments(tuple):
@@ -129,11 +148,12 @@ class RefusedArguments(tuple):
 def refuse_before_plot(p: Any, refusal: Refusal) -> None:
     """`setup`: make a request that runs a selectable script fail before the script starts."""
     arguments = p.script_args_value
-    if arguments and arguments[0] not in (0, None):
-        if loses_errors(p):  # without the script it is a plain request, which is refused
-            p.script_args_value = (0, *arguments[1:])
-            setattr(p, REFUSED, refusal)
-            return
-        refused = RefusedArguments(arguments)
-        refused.refusal = refusal
-        p.script_args_value = refused
+    if selected_script(p) is None:
+        return
+    if loses_errors(p):  # without the script it is a plain request, which is refused
+        p.script_args_value = (0, *arguments[1:])
+        setattr(p, REFUSED, refusal)
+        return
+    refused = RefusedArguments(arguments)
+    refused.refusal = refusal
+    p.script_args_value = refused

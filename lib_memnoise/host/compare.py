@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import copy
 import io
 from collections.abc import Mapping
@@ -20,15 +19,17 @@ from lib_memnoise.generation import Generation, ImageReport
 from lib_memnoise.host import scoring
 from lib_memnoise.host.arguments import SLOTS
 from lib_memnoise.host.page import USUAL
-from lib_memnoise.host.scoring import BadRequest, Request, Stopped, no_prompt_history
+from lib_memnoise.host.picture import opened
+from lib_memnoise.host.request import BadRequest, Request
+from lib_memnoise.host.request import parse as request_of
+from lib_memnoise.host.scoring import Stopped, no_prompt_history
 from lib_memnoise.host.xyz import TITLE
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.settings import SettingError, from_mapping
 from lib_memnoise.similarity import similarity
+from lib_memnoise.wording import echo
 
 MOST_IMAGES = 64
-OWN = {"methods", "reference"}
-"""What a comparison is asked beside what a score is asked."""
 
 
 @dataclass(frozen=True)
@@ -59,46 +60,49 @@ class Compared:
 
 
 def parse(body: Any) -> tuple[Request, list[dict[str, Any]], Image.Image | None]:
-    """A validated request from JSON: what is scored (`scoring.parse`, one prompt), the methods and the reference.
+    """A validated request from JSON: what is scored (`request.parse`, one prompt), the methods and the reference.
 
-    `methods` is a list of names, or of settings as a generation takes them; `reference` a picture in base64.
+    `methods` is a list of names, or of settings as a generation takes them; `reference` a picture, see
+    `picture.opened`.
 
     Raises:
-        BadRequest: see `scoring.parse`; settings that cannot be used; a reference that is no picture.
+        BadRequest: see `request.parse`; settings that cannot be used; a reference that is no picture.
     """
-    if not isinstance(body, Mapping):
-        raise BadRequest("memnoise: the request must be a JSON object.")
-    request = scoring.parse({name: value for name, value in body.items() if name not in OWN})
-    if len(request.prompts) != 1 or request.words:
-        raise BadRequest("memnoise: a comparison takes one prompt and no words.")
+    request = request_of(body, kind="comparison", without=("words",))
+    if len(request.prompts) != 1:
+        name = "prompt" if "prompt" in body else "prompts"
+        raise BadRequest(f"memnoise: {name} = {echo(body[name])} is not valid; a comparison takes one prompt.")
     given = body.get("methods", USUAL)
     if not isinstance(given, (list, tuple)) or not given:
-        raise BadRequest("memnoise: methods must be a list of names or of settings.")
-    chosen = []
-    for entry in given:
-        settings = {"method": entry} if isinstance(entry, str) else entry
-        if not isinstance(settings, Mapping):
-            raise BadRequest(f"memnoise: methods = {entry!r} is not valid; each must be a name or a dict of settings.")
-        try:
-            # ‖Δ‖ of the first step is the picture's score.
-            chosen.append({"trace": "on", **settings, "enabled": True})
-            from_mapping(chosen[-1])
-        except SettingError as error:
-            raise BadRequest(str(error)) from None
-    count = len(chosen) * len(request.seeds)
+        raise BadRequest(
+            f"memnoise: methods = {echo(given)} is not valid; it must be a list of names or of dicts of settings, at "
+            "least one."
+        )
+    count = len(given) * len(request.seeds)
     if count > MOST_IMAGES:
         raise BadRequest(f"memnoise: {count} images are too many for one comparison; it may have {MOST_IMAGES}.")
+    chosen = [settings_of(number, entry) for number, entry in enumerate(given)]
     return request, chosen, opened(body.get("reference"))
 
 
-def opened(reference: Any) -> Image.Image | None:
-    """A picture from base64, with or without a data URL's head; one that is a picture already stays."""
-    if reference is None or isinstance(reference, Image.Image):
-        return reference
+def settings_of(number: int, entry: Any) -> dict[str, Any]:
+    """The settings of one method that is to be compared."""
+    settings = {"method": entry} if isinstance(entry, str) else entry
+    if not isinstance(settings, Mapping):
+        raise BadRequest(
+            f"memnoise: methods[{number}] = {echo(entry)} is not valid; it must be a name or a dict of settings."
+        )
     try:
-        return Image.open(io.BytesIO(base64.b64decode(str(reference).rsplit(",", 1)[-1], validate=True)))
-    except (binascii.Error, OSError, ValueError):
-        raise BadRequest("memnoise: reference is not valid; it must be a picture in base64.") from None
+        from_mapping(settings)
+    except SettingError as error:
+        raise BadRequest(str(error)) from None
+    if settings.get("enabled") is False:
+        raise BadRequest(
+            f"memnoise: enabled = false in methods[{number}] is not valid; a comparison mitigates every picture, and "
+            'the method "none" is a picture without.'
+        )
+    # ‖Δ‖ of the first step is the picture's score.
+    return {"trace": "on", **settings, "enabled": True}
 
 
 def label(settings: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ from lib_memnoise.host.gradients import run_leanly
 from lib_memnoise.host.hearing import Hearing
 from lib_memnoise.host.network import network
 from lib_memnoise.host.predictor import Predictor, empty_prompt, make_predictor
-from lib_memnoise.host.refusals import Interrupted, Unsupported, fails, keep_failed_cells, loses_errors
+from lib_memnoise.host.refusals import Failed, Interrupted, Unsupported, fails, keep_failed_cells, loses_errors
 from lib_memnoise.host.rows import Cond
 from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations import METHODS
@@ -78,7 +78,7 @@ def refuse(p: Any, refusal: Exception) -> None:
         fails(p, refusal)
         if not loses_errors(p):
             raise refusal
-        p.comment(str(refusal))
+        p.comment(f"{INFOTEXT}: {refusal}")
         p.n_iter, p.do_not_save_grid = 0, True
 
     p.init = init
@@ -320,7 +320,7 @@ def fail(p: Any, generation: Generation, reports: list[ImageReport], error: Exce
             report.failed = reason
     devices.torch_gc()
     if generation.fail_instead:
-        fail_sampling(p, RuntimeError(f"memnoise: {reason}"))
+        fail_sampling(p, Failed(reason))
 
 
 def fail_sampling(p: Any, error: Exception) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from modules import call_queue, images, processing, shared
 
 from lib_memnoise.calibration import ordinary_prompts
-from lib_memnoise.host import scoring
+from lib_memnoise.host import request, scoring
 from lib_memnoise.host.refusals import FAILED_CELLS
 from lib_memnoise.host.traces import STORE
 from lib_memnoise.mitigations import METHODS
@@ -69,9 +70,9 @@ class Page:
                 label="Methods, each by its preset",
                 elem_id=elem_id("compared"),
             )
-            self.reference = gr.Image(
-                type="pil", label="Picture that must not be copied (optional)", elem_id=elem_id("likeness")
-            )
+            self.reference = gr.Image(label="Picture that must not be copied (optional)", elem_id=elem_id("likeness"))
+            # gradio would open it, as whatever it is.
+            self.reference.preprocess = as_sent
             self.compare = gr.Button("Compare methods", elem_id=elem_id("compare"))
             self.grid = gr.Image(label="The same seeds by every method", visible=False, elem_id=elem_id("grid"))
             for component in (self.methods, self.reference, self.grid):
@@ -131,6 +132,12 @@ def answering(run: Callable[[dict[str, Any]], Answer], names: Sequence[str]) -> 
     return answer
 
 
+def as_sent(upload: Any) -> Any:
+    """An uploaded picture as it came: a data URL of gradio 3; of gradio 4 the path of the file that it was put into."""
+    path = getattr(upload, "path", None)
+    return Path(path) if path else upload
+
+
 def refused(error: Exception) -> str:
     """One of `scoring.REFUSALS` as HTML."""
     return f"<div class='error'>{html.escape(scoring.said(error))}</div>"
@@ -145,16 +152,17 @@ def comparing(names: Sequence[str]) -> Callable[..., list[Any]]:
         given = dict(zip(names, values))
         try:
             by_label = {method.label: name for name, method in METHODS.items()}
-            body = {**numbers(seeded(given)), "methods": [by_label[label] for label in methods or []]}
-            request, chosen, picture = compare.parse({**body, "reference": reference})
-            result = compare.compare(request, chosen, picture)
+            chosen_labels = methods if isinstance(methods, list) else []
+            names_of = [by_label.get(label, label) if isinstance(label, str) else label for label in chosen_labels]
+            wanted = compare.parse({**seeded(given), "methods": names_of, "reference": reference})
+            result = compare.compare(*wanted)
         except scoring.REFUSALS as error:
             return [gr.update(visible=False), refused(error)]
         if shared.opts.grid_save:
             images.save_image(
                 result.grid, shared.opts.outdir_grids or shared.opts.outdir_txt2img_grids, "memnoise", grid=True,
-                info=f"{request.prompts[0]}\nSteps: {request.steps}, Sampler: {request.sampler_name}, "
-                f"CFG scale: {request.cfg_scale:g}, Seed: {result.cells[0].seed}, Script: Memnoise comparison",
+                info=f"{wanted[0].prompts[0]}\nSteps: {wanted[0].steps}, Sampler: {wanted[0].sampler_name}, "
+                f"CFG scale: {wanted[0].cfg_scale:g}, Seed: {result.cells[0].seed}, Script: Memnoise comparison",
             )  # fmt: skip
         told = [
             f"{METHODS[cell.method].label}, seed {cell.seed}: {cell.failed}" for cell in result.cells if cell.failed
@@ -167,25 +175,27 @@ def comparing(names: Sequence[str]) -> Callable[..., list[Any]]:
 
 def seeded(given: dict[str, Any]) -> dict[str, Any]:
     """The seeds of the batch that Generate would make, in place of the first and the batch's size."""
-    count = int(given.pop("batch_size", 1))
-    first = int(processing.get_fixed_seed(given.pop("seed", -1)))
-    return {**given, "seeds": [first + k for k in range(count)]}
+    count, seed = given.pop("batch_size", 1), given.pop("seed", -1)
+    request.need(request.whole(count, 1, request.MOST_IMAGES), "batch_size", count, "a whole number from 1")
+    return {**given, "seeds": [first_seed(seed) + k for k in range(int(count))]}
+
+
+def first_seed(value: Any) -> int:
+    """What the host makes of the page's field, which is -1 where it is left empty or holds no number."""
+    try:
+        return int(processing.get_fixed_seed(value))
+    except (TypeError, ValueError, OverflowError):
+        request.need(False, "seed", value, "a whole number")
+        raise
 
 
 def checked(given: dict[str, Any]) -> Answer:
     """Scores of the batch that Generate would make, as a table, and the words that they come from."""
-    answer = scoring.answer(scoring.parse({**numbers(seeded(given)), "words": True}))
+    answer = scoring.answer(request.parse({**seeded(given), "words": True}))
     found = answer["images"]
     significance = [sum(image["words"][k][1] for image in found) / len(found) for k in range(len(found[0]["words"]))]
     words = [(f"{word} ", size) for (word, _), size in zip(found[0]["words"], significance)]
     return words, table(answer)
-
-
-def numbers(given: dict[str, Any]) -> dict[str, Any]:
-    """Sliders may give 512.0 for 512."""
-    return {
-        name: int(value) if isinstance(value, float) and value.is_integer() else value for name, value in given.items()
-    }
 
 
 def table(answer: dict[str, Any]) -> str:
@@ -207,10 +217,8 @@ def table(answer: dict[str, Any]) -> str:
 def calibrated(given: dict[str, Any]) -> Answer:
     """Calibrate the checkpoint at the tab's size, sampler and steps."""
     wanted = ("width", "height", "sampler_name", "scheduler", "steps", "cfg_scale")
-    request = scoring.parse(
-        numbers({"prompts": ordinary_prompts(), **{name: given[name] for name in wanted if name in given}})
-    )
-    made = scoring.summary(scoring.calibrate(request))
+    asked = request.parse({"prompts": ordinary_prompts(), **{name: given[name] for name in wanted if name in given}})
+    made = scoring.summary(scoring.calibrate(asked))
     return [], (
         f"<p>Calibrated at {made['width']}x{made['height']}, first timestep {made['timestep']}: "
         f"{made['count']} ordinary prompts score {made['lowest']:.4g} to {made['highest']:.4g}, half of them above "

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from modules import shared
 
 from lib_memnoise.settings import INFOTEXT
 
+Error = TypeVar("Error", bound=Exception)
 FAILED_CELLS = f"{INFOTEXT} failed cells"
 """Of a plot's info: why some of its cells are empty."""
+
+
+def named_on_the_page(kind: type[Error]) -> type[Error]:
+    """The page shows `{type's name}: {message}` of what is raised; there the type is called after the extension."""
+    kind.__name__ = INFOTEXT
+    return kind
+
+
+@named_on_the_page
+class Failed(RuntimeError):
+    """A mitigation that failed, where the request asked to fail with it."""
 
 
 class Interrupted(Exception):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,16 +26,12 @@ from lib_memnoise.host.gradients import first_attempt
 from lib_memnoise.host.network import load_checkpoint, network
 from lib_memnoise.host.predictor import Predictor, make_predictor
 from lib_memnoise.host.refusals import Interrupted, Unsupported
+from lib_memnoise.host.request import BadRequest, Request
 from lib_memnoise.leanness import Lean, free_memory
 from lib_memnoise.prediction import magnitude
 from lib_memnoise.settings import PRESET_VALUES, Settings, size_factor
 
-MOST_PROMPTS = 256
 BATCH = 4
-
-
-class BadRequest(ValueError):
-    """A request that cannot be answered, in one sentence."""
 
 
 class Stopped(RuntimeError):
@@ -49,88 +45,6 @@ REFUSALS = (BadRequest, Stopped, Unsupported, calibration.BadCalibration)
 def said(refusal: Exception) -> str:
     """One of `REFUSALS` in a sentence."""
     return str(refusal) if isinstance(refusal, (BadRequest, Stopped)) else f"memnoise: {refusal}."
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be scored: every prompt with every seed."""
-
-    prompts: tuple[str, ...]
-    negative_prompt: str = ""
-    seeds: tuple[int, ...] = (-1,)
-    width: int = 512
-    height: int = 512
-    sampler_name: str = "DDIM"
-    scheduler: str = "Automatic"
-    steps: int = 50
-    cfg_scale: float = 7.0
-    styles: tuple[str, ...] = ()
-    words: bool = False
-
-
-def parse(body: Any) -> Request:
-    """A validated request from JSON.
-
-    `prompt` (or `prompts`) is a string or a list of them; `seed` (or `seeds`) a number or a list; other names are
-    those of `Request`.
-
-    Raises:
-        BadRequest: something is missing, unknown or out of bounds.
-    """
-    if not isinstance(body, Mapping):
-        raise BadRequest("memnoise: the request must be a JSON object.")
-    names = {"prompt": "prompts", "seed": "seeds"}
-    given: dict[str, Any] = {names.get(str(name), str(name)): value for name, value in body.items()}
-    known = set(Request.__dataclass_fields__)
-    for name in given:
-        if name not in known:
-            raise BadRequest(f"memnoise: a request has no {name!r}; it has {', '.join(Request.__dataclass_fields__)}.")
-    for name in ("prompts", "seeds", "styles"):
-        if name in given:
-            value = given[name]
-            given[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    request = Request(**{"prompts": (), **given})
-
-    def need(ok: bool, name: str, rule: str) -> None:
-        if not ok:
-            shown = repr(given.get(name, getattr(request, name)))
-            shown = shown if len(shown) <= 80 else shown[:77] + "..."
-            raise BadRequest(f"memnoise: {name} = {shown} is not valid; it must be {rule}.")
-
-    def whole(value: Any, low: int, high: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-    need(
-        len(request.prompts) > 0 and all(isinstance(prompt, str) for prompt in request.prompts),
-        "prompts",
-        "a text or a list of texts",
-    )
-    need(all(prompt.strip() for prompt in request.prompts), "prompts", "not empty: an empty prompt has no score")
-    need(isinstance(request.negative_prompt, str), "negative_prompt", "a text")
-    need(
-        len(request.seeds) > 0 and all(whole(seed, -1, 2**32 - 1) for seed in request.seeds),
-        "seeds",
-        "a whole number from -1 to 4294967295, or a list of them",
-    )
-    count = len(request.prompts) * len(request.seeds)
-    if count > MOST_PROMPTS:
-        raise BadRequest(f"memnoise: {count} images are too many for one request; it may ask for {MOST_PROMPTS}.")
-    for name in ("width", "height"):
-        value = getattr(request, name)
-        need(whole(value, 64, 2048) and value % 8 == 0, name, "a whole number from 64 to 2048 that 8 divides")
-    need(whole(request.steps, 1, 150), "steps", "a whole number from 1 to 150")
-    cfg = request.cfg_scale
-    need(
-        isinstance(cfg, (int, float)) and not isinstance(cfg, bool) and math.isfinite(cfg) and 1 < cfg <= 100,
-        "cfg_scale",
-        "above 1, for there is no guidance otherwise, and at most 100",
-    )
-    samplers = [sampler.name for sampler in sd_samplers.visible_samplers()]
-    need(request.sampler_name in samplers, "sampler_name", "one of " + ", ".join(samplers))
-    need(isinstance(request.scheduler, str), "scheduler", "a text")
-    need(all(isinstance(style, str) for style in request.styles), "styles", "a list of texts")
-    need(isinstance(request.words, bool), "words", "true or false")
-    return request
 
 
 @dataclass

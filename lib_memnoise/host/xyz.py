@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 from modules import scripts
 
-from lib_memnoise.host.arguments import PLOT, SLOTS, Refusal, from_arguments
-from lib_memnoise.host.refusals import loses_errors
-from lib_memnoise.settings import SPECS, SettingError, deciders, from_text, is_used, misplaced, type_of
+from lib_memnoise.axes import axis_values
+from lib_memnoise.host.arguments import PLOT, SLOTS, Refusal, from_arguments, selected_script
+from lib_memnoise.settings import SPECS, SettingError, deciders, from_text, is_used, misplaced, requirement, type_of
+from lib_memnoise.wording import echo
 
 PREFIX = "[Memnoise] "
 TITLE = "Memnoise"
@@ -45,7 +45,7 @@ def axis(module: Any, name: str) -> Any:
         set_in_cell(name),
         confirm=confirm(name),
         choices=None if numeric else (lambda: choices(name)),
-        prepare=prepare(name) if numeric else None,
+        prepare=prepare(name),
     )
 
 
@@ -61,44 +61,29 @@ def set_in_cell(name: str) -> Callable[[Any, Any, Any], None]:
     return apply
 
 
-RANGE = re.compile(r"\s*([+-]?[\d.]+)\s*-\s*([+-]?[\d.]+)\s*(?:[(\[].*)?")
-"""The plot script's own range syntax, `1-5 (+2)` or `1-5 [3]`: left to it, its values are confirmed after."""
+def prepare(name: str) -> Callable[[Any], list[str]]:
+    """The axis's text as values, all of them valid; the host's own reading of it raises, or never ends, for some."""
 
-
-def ends(value: str) -> tuple[str, ...]:
-    """Of a range; of anything else itself."""
-    found = RANGE.fullmatch(value)
-    return found.groups() if found else (value,)
-
-
-def parts(text: str) -> list[str]:
-    return [value.strip() for value in text.split(",") if value.strip()]
-
-
-def prepare(name: str) -> Callable[[str], list[str]]:
-    def split(text: str) -> list[str]:
-        values = parts(text)
-        for value in values:
-            if not RANGE.fullmatch(value):
-                refuse_bad_value(name, value)
-        return [value if RANGE.fullmatch(value) else format(from_text(name, value)) for value in values]
+    def split(text: Any) -> list[str]:
+        try:
+            return axis_values(name, text)
+        except SettingError as error:
+            raise Refusal(str(error)) from None
 
     return split
-
-
-def refuse_bad_value(name: str, value: Any) -> None:
-    try:
-        from_text(name, value)
-    except SettingError as error:
-        raise Refusal(str(error)) from None
 
 
 def confirm(name: str) -> Callable[[Any, Any], None]:
     """Checks before the first cell: the values, and that some cell's method uses the setting."""
 
     def check(p: Any, values: Any) -> None:
-        for value in values:
-            refuse_bad_value(name, value)
+        try:
+            for value in values:
+                from_text(name, value)
+        except SettingError as error:
+            raise Refusal(str(error)) from None
+        if not values:
+            raise Refusal(f"memnoise: the axis {label(name)} has no values; each must be {requirement(name)}.")
         values_of = page_arguments(p)
         plotted = any(plots_over(p, other) for other in deciders(name))
         if not plotted and not is_used(name, values_of):
@@ -109,25 +94,52 @@ def confirm(name: str) -> Callable[[Any, Any], None]:
     return check
 
 
-def refused_axis(p: Any) -> Refusal | None:
-    """`setup`: what would be refused of the axes that are asked for, where the host would lose what the plot raises."""
-    if not p.script_args or not p.script_args[0] or not loses_errors(p):
-        return None
-    script = p.scripts.selectable_scripts[p.script_args[0] - 1]
-    options = getattr(script, "current_axis_options", None)
-    if options is None:
-        return None
+def axes_of(p: Any, script: Any) -> list[tuple[Any, Any, Any]]:
+    """The plot's three axes: what each is over (None: nothing that the plot knows), its text, what is chosen for it."""
+    options = script.current_axis_options
     args = p.script_args[script.args_from : script.args_to]
-    as_text = args[-1]
+    found = []
+    for kind, text, chosen in (args[3 * number : 3 * number + 3] for number in range(3)):
+        known = kind is None or (isinstance(kind, int) and -len(options) <= kind < len(options))
+        found.append((options[kind or 0] if known else None, text, chosen))
+    return found
+
+
+def refused_axis(p: Any) -> Refusal | None:
+    """`setup`: what is wrong with the axes that are asked for.
+
+    The plot finds out too, but some hosts lose what it raises, it makes no picture of no values and says nothing, and
+    what is no list at all fails in it before ours is asked.
+    """
+    script = selected_script(p)
+    if not hasattr(script, "current_axis_options"):
+        return None
+    as_text = p.script_args[script.args_from : script.args_to][-1]
     try:
-        for kind, text, chosen in (args[3 * number : 3 * number + 3] for number in range(3)):
-            option = options[kind or 0]
-            if option.label.startswith(PREFIX):
-                values = parts(text) if option.choices is None or as_text else chosen or []
-                option.confirm(p, [end for value in values for end in ends(value)])
+        for option, text, chosen in axes_of(p, script):
+            if option is None or not option.label.startswith(PREFIX):
+                continue
+            if option.choices is None or as_text:
+                option.confirm(p, option.prepare(text))
+            else:
+                check_chosen(option, text, chosen)
+                option.confirm(p, chosen)
     except Refusal as refusal:
         return refusal
     return None
+
+
+def check_chosen(option: Any, text: Any, chosen: Any) -> None:
+    """That there are values in an axis's dropdown."""
+    if chosen not in (None, []) and not isinstance(chosen, (list, tuple)):
+        raise Refusal(f"memnoise: {option.label} = {echo(chosen)} is not valid; it must be a list of values.")
+    if not chosen:
+        elsewhere = (
+            f"; the text {echo(text)} is read only where the plot is told to use text inputs instead of dropdowns"
+            if text
+            else ""
+        )
+        raise Refusal(f"memnoise: the axis {option.label} has no values{elsewhere}.")
 
 
 def page_arguments(p: Any) -> dict[str, Any]:
@@ -144,9 +156,6 @@ def page_enabled(p: Any) -> bool:
 def plots_over(p: Any, name: str) -> bool:
     """Whether one of the plot's axes is this setting."""
     for script in p.scripts.selectable_scripts:
-        options = getattr(script, "current_axis_options", None)
-        if options is not None:
-            first = script.args_from
-            types = (p.script_args[first + 3 * axis_number] or 0 for axis_number in range(3))
-            return any(options[kind].label == label(name) for kind in types)
+        if hasattr(script, "current_axis_options"):
+            return any(option is not None and option.label == label(name) for option, _, _ in axes_of(p, script))
     return False

@@ -53,9 +53,11 @@ def test_refusals(studio: Studio, address: str) -> None:
     assert "no address" in refusal("score", "a fox", "--url", "webui")
     assert "nothing answers" in refusal("score", "a fox", "--url", "http://127.0.0.1:9")
     assert "has no memnoise" in refusal("score", "a fox", "--url", f"{address}/elsewhere")
-    assert "sampler_name = 'Eule'" in refusal("score", "a fox", "--url", address, "--sampler", "Eule")
+    assert 'sampler_name = "Eule" is not valid (did you mean "Euler"?)' in refusal(
+        "score", "a fox", "--url", address, "--sampler", "Eule"
+    )
     assert "a prompt is needed" in refusal("score", "--url", address)
-    assert "cfg_scale = 0.0 is not valid" in refusal("score", "a fox", "--url", address, "--cfg", "0")
+    assert "cfg_scale = 0 is not valid" in refusal("score", "a fox", "--url", address, "--cfg", "0")
     assert "an empty prompt has no score" in refusal("score", "", "--url", address)
 
 

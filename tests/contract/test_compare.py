@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import struct
 import threading
+import zlib
 from typing import Any
 
 import numpy as np
@@ -93,19 +96,114 @@ def test_a_method_that_fails_costs_its_own_row_alone(studio: Studio) -> None:
     ("body", "words"),
     [
         ({"methods": ["magic"]}, 'method = "magic" is not valid'),
-        ({"methods": []}, "methods must be a list"),
-        ({"methods": [3]}, "methods = 3 is not valid"),
+        ({"methods": []}, "methods = [] is not valid; it must be a list of names or of dicts of settings"),
+        ({"methods": "none"}, 'methods = "none" is not valid; it must be a list of names or of dicts of settings'),
+        ({"methods": ["none", 3]}, "methods[1] = 3 is not valid; it must be a name or a dict of settings."),
+        ({"methods": ["none", {"enabled": False}]}, "enabled = false in methods[1] is not valid"),
+        ({"methods": ["None"]}, 'method = "None" is not valid (did you mean "none"?)'),
+        ({"method": ["none"]}, 'there is no "method" in a comparison (did you mean "methods"?); it may have prompt'),
+        ({"words": True}, 'there is no "words" in a comparison'),
         ({"methods": [{"method": "static", "gamma": 1}]}, "gamma = 1 belongs to the method batch_wise"),
-        ({"prompt": ["a", "b"]}, "one prompt"),
+        ({"prompt": ["a", "b"]}, 'prompt = ["a", "b"] is not valid; a comparison takes one prompt.'),
         ({"reference": "no picture"}, "reference is not valid"),
         ({"seeds": list(range(40))}, "160 images are too many"),
-        ({"tau": 3}, "a request has no 'tau'"),
+        ({"tau": 3}, 'there is no "tau" in a comparison; it may have'),
         ({"steps": 0}, "steps = 0 is not valid"),
     ],
 )
 def test_bad_requests(studio: Studio, body: dict[str, Any], words: str) -> None:
     status, answer = post(studio, "compare", {**SMALL, "prompt": PROMPT, "seeds": [7], **body})
     assert status == 422 and words in answer["detail"], answer
+
+
+def file_of(picture: Image.Image, kind: str, **how: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **how)
+    return buffer.getvalue()
+
+
+def declared(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header says that it is this large."""
+    header = struct.pack(">II5B", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+    )
+
+
+PATTERN = Image.effect_noise((96, 64), 80).convert("RGB")
+BAD_PICTURES = {
+    "truncated": (file_of(PATTERN, "PNG")[:-200], "is damaged"),
+    "truncated JPEG": (file_of(PATTERN, "JPEG")[:-900], "is damaged"),
+    "large": (declared(50_000, 50_000), "is too large; it may have 64 million pixels"),
+    "rather large": (declared(9_000, 9_000), "is too large; it may have 64 million pixels"),
+    "without content": (declared(64, 64), "is damaged"),
+    "EPS": (file_of(PATTERN, "EPS"), "must be a PNG, JPEG or WebP picture"),
+    "GIF": (file_of(PATTERN, "GIF"), "must be a PNG, JPEG or WebP picture"),
+    "TIFF": (file_of(PATTERN, "TIFF"), "must be a PNG, JPEG or WebP picture"),
+    "nothing": (b"", "must be a PNG, JPEG or WebP picture"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_a_reference_that_is_no_picture_is_refused_before_anything_is_made(studio: Studio, name: str) -> None:
+    content, words = BAD_PICTURES[name]
+    calls = None if studio.is_real else list(studio.host.calls)
+    body = {**SMALL, "prompt": PROMPT, "methods": ["none"], "reference": base64.b64encode(content).decode()}
+    status, answer = post(studio, "compare", body)
+    assert status == 422 and words in answer["detail"], answer
+    assert answer["detail"].startswith("memnoise: reference ")
+    assert calls is None or studio.host.calls == calls
+
+
+NO_PICTURES = {
+    "number": 3,
+    "true": True,
+    "list": [],
+    "mask": {"image": ""},
+    "words": "no picture",
+    "surrogate": "data:image/png;base64,\ud800",
+    "many bytes": "A" * 45_000_000,
+}
+
+
+@pytest.mark.parametrize("name", NO_PICTURES)
+def test_a_reference_that_is_no_text_of_a_picture_is_refused(studio: Studio, name: str) -> None:
+    content = json.dumps({**SMALL, "prompt": PROMPT, "methods": ["none"], "reference": NO_PICTURES[name]})
+    answer = studio.host.post("/memnoise/v1/compare", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422 and "memnoise: reference " in answer.json()["detail"]
+    assert len(answer.text) < 1000
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_pictures_that_may_be_a_reference(studio: Studio, kind: str) -> None:
+    made = Image.fromarray(studio.run({"method": "none"}).pictures[0])
+    turned = made.rotate(90).copy()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90° clockwise
+    for picture, how in (
+        (made, {}),
+        (made.convert("RGBA"), {}) if kind != "JPEG" else (made.convert("CMYK"), {}),
+        (turned, {"exif": exif}),
+    ):
+        content = base64.b64encode(file_of(picture, kind, quality=100, **how)).decode()
+        (cell,) = compare(studio, methods=["none"], seeds=[7], reference=f"data:image/{kind.lower()};base64,{content}")[
+            "images"
+        ]
+        assert cell["similarity"] == pytest.approx(1, abs=1e-2), (picture, how)
+
+
+def test_sixteen_bits_of_grey_are_a_reference(studio: Studio) -> None:
+    made = np.asarray(Image.fromarray(studio.run({"method": "none"}).pictures[0]).convert("L"))
+    grey, deep = (encoded(made), file_of(Image.fromarray(made.astype(np.uint16) * 257), "PNG"))
+    found = [
+        compare(studio, methods=["none"], seeds=[7], reference=reference)["images"][0]["similarity"]
+        for reference in (grey, base64.b64encode(deep).decode())
+    ]
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+    white = encoded(np.full_like(made, 255))  # which the lower bits alone nearly are
+    assert compare(studio, methods=["none"], seeds=[7], reference=white)["images"][0]["similarity"] != found[0]
 
 
 def test_it_can_be_interrupted(studio: Studio) -> None:

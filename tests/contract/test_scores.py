@@ -83,19 +83,40 @@ def test_words(studio: Studio, model: str) -> None:
 
 BAD: list[tuple[Any, str]] = [
     ([], "must be a JSON object"),
-    ({}, "prompts = () is not valid"),
+    ({}, "the prompt is missing; prompt must be a text or a list of texts"),
     ({"prompt": ""}, "an empty prompt has no score"),
     ({"prompt": ["a", " "]}, "an empty prompt has no score"),
-    ({"prompt": 3}, "prompts = (3,) is not valid"),
-    ({"prompt": ["a"] * 5000}, "5000 images are too many for one request; it may ask for 256."),
+    ({"prompt": 3}, "prompt = 3 is not valid; it must be a text or a list of texts."),
+    ({"prompts": [""]}, 'prompts = [""] is not valid; it must be a text or a list of texts that are not empty'),
+    ({"prompts": []}, "prompts = [] is not valid; it must be a text or a list of texts, at least one."),
+    ({"prompt": "a", "prompts": ["b"]}, "prompt and prompts are both given; a score takes one of them."),
+    ({"prompt": "a" * 10_001}, "prompt has 10001 characters; it may have 10000."),
+    ({"prompt": ["a"] * 5000}, "5000 images are too many for one score; it may have 256."),
     ({"prompt": "a", "seeds": list(range(300))}, "300 images are too many"),
-    ({"prompt": "a", "seed": "x"}, "seeds = ('x',) is not valid"),
+    (
+        {"prompt": "a", "seed": "x"},
+        'seed = "x" is not valid; it must be a whole number from -1 (a random one) to 4294967295, or',
+    ),
     ({"prompt": "a", "width": 100000}, "width = 100000 is not valid"),
-    ({"prompt": "a", "height": 100}, "that 8 divides"),
-    ({"prompt": "a", "sampler_name": "Eular"}, "sampler_name = 'Eular' is not valid; it must be one of"),
-    ({"prompt": "a", "cfg_scale": 1}, "cfg_scale = 1 is not valid; it must be above 1, for there is no guidance"),
+    ({"prompt": "a", "height": 100}, "height = 100 is not valid; it must be a multiple of 8 from 64 to 2048."),
+    (
+        {"prompt": "a", "sampler_name": "Eular"},
+        'sampler_name = "Eular" is not valid (did you mean "Euler"?); it must be one of',
+    ),
+    (
+        {"prompt": "a", "cfg_scale": 1},
+        "cfg_scale = 1 is not valid; it must be a number above 1, for there is no guidance",
+    ),
     ({"prompt": "a", "steps": 0}, "steps = 0 is not valid"),
-    ({"prompt": "a", "step": 9}, "a request has no 'step'; it has prompts"),
+    ({"prompt": "a", "step": 9}, 'there is no "step" in a score (did you mean "steps"?); it may have prompt'),
+    ({"prompt": "a", "CFG scale": 9}, 'there is no "CFG scale" in a score (did you mean "cfg_scale"?)'),
+    (
+        {"prompt": "a", "scheduler": "Karas"},
+        'scheduler = "Karas" is not valid (did you mean "Karras"?); it must be one',
+    ),
+    ({"prompt": "a", "styles": ["no such style"]}, 'styles = "no such style" is not valid'),
+    ({"prompt": "a", "negative_prompt": ["x"]}, 'negative_prompt = ["x"] is not valid; it must be a text.'),
+    ({"prompt": "a", "words": 1}, "words = 1 is not valid; it must be true or false."),
 ]
 
 
@@ -250,7 +271,7 @@ def test_a_transition_point_is_the_first_minimum(studio: Studio, sampler: str) -
 
 def test_no_such_trace(studio: Studio) -> None:
     answer = studio.host.get("/memnoise/v1/trace/none")
-    assert answer.status_code == 404 and "no trace 'none'" in answer.json()["detail"]
+    assert answer.status_code == 404 and 'no trace "none"' in answer.json()["detail"]
 
 
 def test_calibrations_do_not_clash(studio: Studio) -> None:

@@ -73,12 +73,6 @@ def test_medvram_changes_nothing(tmp_path_factory: pytest.TempPathFactory) -> No
     assert all(np.array_equal(a, b) for a, b in zip(plain, moved))
 
 
-def test_schema_respects_the_apis_password(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with open_host("double", tmp_path_factory, cmd_args=("--api-auth", "user:word")) as host:
-        assert host.get("/memnoise/v1/schema").status_code == 200
-        assert host.get("/memnoise/v1/schema", auth=("user", "wrong")).status_code == 401
-
-
 def test_no_page(tmp_path_factory: pytest.TempPathFactory) -> None:
     with open_host("double", tmp_path_factory, cmd_args=("--nowebui",)) as host:
         studio = Studio(host)

@@ -315,7 +315,8 @@ class WebUI:
                 # The port answers before the model is there; this call waits for the model, and names it.
                 answer = self._client.get("/sdapi/v1/options", timeout=60)
                 state = f"{answer.status_code}: {answer.text[:200]}"
-                if answer.status_code == 200 and self._model_is_loaded():
+                expected = 200 if {"--api", "--nowebui"} & set(self.args) else 404
+                if answer.status_code == expected and self._model_is_loaded():
                     return
             except httpx.TransportError as e:
                 state = f"{type(e).__name__}: {e}"

@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+FLAGS = ("--api",)
+"""What it is started with unless told otherwise, as the real one's harness does."""
+
 SETTINGS: dict[str, Any] = {"samples_save": False, "grid_save": False, "show_progress_type": "Approx cheap"}
 DEFAULTS: dict[str, Any] = {
     "prompt": "a cat",
@@ -42,6 +45,8 @@ class Double:
 
     Beside the answers it tells what happened inside: `calls` and `rows` of the network, `reports` of exceptions
     that the host logged and swallowed, `last_p`, `latents`. All four are emptied by the next generation.
+
+    `cmd_args` are the host's flags, behind `FLAGS`, of which `drop_args` leaves some out.
     """
 
     name = "double"
@@ -53,13 +58,14 @@ class Double:
         checkpoint: str = "sd1",
         cmd_args: Sequence[str] = (),
         *,
+        drop_args: Sequence[str] = (),
         extensions: Sequence[Path | str] = (),
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         dirs = ([] if extension_dir is None else [extension_dir]) + list(extensions)
         self.extension_dirs = [str(Path(x).resolve()) for x in dirs]
         self.checkpoint = checkpoint
-        self.cmd_args = tuple(cmd_args)
+        self.cmd_args = (*(flag for flag in FLAGS if flag not in drop_args), *cmd_args)
         self.settings = {**SETTINGS, **(settings or {})}
         self.app: Any = None
         self.startup_reports: list[str] = []

@@ -57,10 +57,18 @@ def start(extension_dirs: list[str], checkpoint: str, cmd_args: tuple[str, ...],
         return app
     script_callbacks.before_ui_callback()
     shared.demo = ui.create_ui()
+    shared.demo.auth = page_logins() or None
     app = gr.routes.App.create_app(shared.demo)
-    Api(app, call_queue.queue_lock)
+    if shared.cmd_opts.api:
+        Api(app, call_queue.queue_lock)
     script_callbacks.app_started_callback(shared.demo, app)
     return app
+
+
+def page_logins() -> list[tuple[str, ...]]:
+    """User and password of everyone who may see the page; nobody: it is open."""
+    pairs = (shared.cmd_opts.gradio_auth or "").split(",")
+    return [tuple(pair.strip().split(":", 1)) for pair in pairs if pair.strip()]
 
 
 def stop() -> None:

@@ -267,8 +267,9 @@ axis_options = [
     AxisOption("Size", str, apply_size),
 ]
 
-_NUMBER = r"\s*([+-]?\s*\d+(?:\.\d*)?)\s*"
-_RANGE = re.compile(rf"{_NUMBER}-{_NUMBER}(?:\(\s*([+-]\d+(?:\.\d*)?)\s*\))?\s*")
+# The host's fractions begin with any character: it reads 1e-05 as a range from 1e.
+_NUMBER = r"\s*([+-]?\s*\d+(?:.\d*)?)\s*"
+_RANGE = re.compile(rf"{_NUMBER}-{_NUMBER}(?:\(\s*([+-]\d+(?:.\d*)?)\s*\))?\s*")
 _COUNT = re.compile(rf"{_NUMBER}-{_NUMBER}\[\s*(\d+)\s*\]\s*")
 
 
@@ -383,7 +384,7 @@ class Script(scripts.Script):
         axes = []
         for n in range(3):
             kind, text, chosen = axis_args[3 * n : 3 * n + 3]
-            axes.append(_Axis(self.current_axis_options[kind or 0], text, chosen or [], csv_mode, p, fixed))
+            axes.append(_Axis(self.current_axis_options[kind or 0], text, chosen, csv_mode, p, fixed))
         for name, axis in zip("xyz", axes):
             setattr(state, f"xyz_plot_{name}", AxisInfo(axis.opt, axis.values))
         xs, ys, zs = (axis.values for axis in axes)

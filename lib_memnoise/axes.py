@@ -1,0 +1,78 @@
+"""The text of a plot's axis: values and ranges of one setting, such as `1, 3, 5-9 (+2)`."""
+
+from __future__ import annotations
+
+import csv
+import re
+from decimal import Decimal
+from typing import Any
+
+from lib_memnoise.settings import SettingError, check, from_text, requirement, type_of
+from lib_memnoise.wording import echo
+
+MOST_VALUES = 1000
+"""Of one range."""
+MOST_CHARACTERS = 100_000
+
+_NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+))"
+RANGE = re.compile(rf"\s*{_NUMBER}\s*-\s*{_NUMBER}\s*(?:\(\s*{_NUMBER}\s*\)|\[\s*(\d+)\s*\])?\s*", re.ASCII)
+"""The plot script's ranges: `1-5`, `1-5 (+2)` with a step, `1-5 [3]` with a count."""
+
+
+def axis_values(name: str, text: Any) -> list[str]:
+    """Every value of an axis, in plain digits, which the plot script takes as they are.
+
+    Raises:
+        SettingError: a value that the setting cannot have, a range without end or of too many values.
+    """
+    if not isinstance(text, str):
+        raise SettingError(f"memnoise: the values {echo(text)} of {name} are not valid; they must be a text.")
+    if len(text) > MOST_CHARACTERS:
+        raise SettingError(
+            f"memnoise: the values {echo(text)} of {name} are {len(text)} characters; {MOST_CHARACTERS} is the most."
+        )
+    if type_of(name) not in (int, float):
+        # As the plot script does; line ends separate too, and within quotation marks commas do not.
+        rows = csv.reader(text.replace("\0", "\ufffd").splitlines(), skipinitialspace=True)
+        values = [value.strip() for row in rows for value in row]
+        for value in values:
+            from_text(name, value)
+        return values
+    parts = [part for part in text.split(",") if part.strip()]
+    return [plain(value) for part in parts for value in numbers(name, part)]
+
+
+def numbers(name: str, part: str) -> list[Any]:
+    """The value or values of one part of an axis's text."""
+    found = RANGE.fullmatch(part)
+    if found is None:
+        return [from_text(name, part)]
+    first, last = (Decimal(str(from_text(name, end))) for end in found.groups()[:2])
+    whole = type_of(name) is int
+    if found[4] is not None:
+        count = _bounded(name, part, Decimal(found[4]))
+        values = [first + (last - first) * k / max(count - 1, 1) for k in range(count)]
+        return [check(name, int(value) if whole else float(value)) for value in values]
+    step = Decimal(found[3] or 1)
+    if step == 0 or (last - first) * step < 0:
+        raise SettingError(f"memnoise: {name} = {echo(part.strip())} is not valid; its step leads away from its end.")
+    if whole and step != int(step):
+        raise SettingError(f"memnoise: {name} = {echo(part.strip())} is not valid; its step must be a whole number.")
+    # A quotient of too many digits is none to `decimal`.
+    many = abs(last - first) >= MOST_VALUES * abs(step)
+    count = _bounded(name, part, Decimal(MOST_VALUES + 1) if many else (last - first) // step + 1)
+    return [check(name, (int if whole else float)(first + k * step)) for k in range(count)]
+
+
+def _bounded(name: str, part: str, count: Decimal) -> int:
+    if not 1 <= count <= MOST_VALUES:
+        raise SettingError(
+            f"memnoise: {name} = {echo(part.strip())} is not valid; it must be from 1 to {MOST_VALUES} values, "
+            f"each {requirement(name)}."
+        )
+    return int(count)
+
+
+def plain(value: Any) -> str:
+    """A number without an exponent, whose sign the plot script would take for that of a range."""
+    return format(Decimal(str(value)), "f")

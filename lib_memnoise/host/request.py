@@ -1,0 +1,199 @@
+"""Reads what a score, a calibration or a comparison is asked for from JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from modules import sd_samplers, shared
+
+from lib_memnoise.wording import echo, is_encodable, meant
+
+MOST_IMAGES = 256
+MOST_CHARACTERS = 10_000
+"""Of one text: a prompt is encoded 75 tokens at a time, at the cost of a text encoder's run each."""
+MOST_SEED = 2**32 - 1
+
+
+class BadRequest(ValueError):
+    """A request that cannot be answered, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be scored: every prompt with every seed."""
+
+    prompts: tuple[str, ...]
+    negative_prompt: str = ""
+    seeds: tuple[int, ...] = (-1,)
+    width: int = 512
+    height: int = 512
+    sampler_name: str = "DDIM"
+    scheduler: str = "Automatic"
+    steps: int = 50
+    cfg_scale: float = 7.0
+    styles: tuple[str, ...] = ()
+    words: bool = False
+
+
+SINGULAR = {"prompt": "prompts", "seed": "seeds"}
+LABELS = {
+    "prompt": "Prompt", "prompts": "Prompts", "negative_prompt": "Negative prompt", "seed": "Seed", "seeds": "Seeds",
+    "width": "Width", "height": "Height", "sampler_name": "Sampling method", "scheduler": "Schedule type",
+    "steps": "Sampling steps", "cfg_scale": "CFG scale", "styles": "Styles", "words": "Words",
+    "methods": "Methods", "reference": "Reference",
+}  # fmt: skip
+"""The names that a request may have, and what the page calls them."""
+OWN = ("methods", "reference")
+"""Names of a comparison alone, which it reads itself."""
+
+
+def parse(body: Any, *, kind: str = "score", without: Collection[str] = OWN) -> Request:
+    """A validated request from JSON.
+
+    `prompt` (or `prompts`) is a string or a list of them; `seed` (or `seeds`) a number or a list; other names are
+    those of `Request`. `kind` is what is asked for, in a word; `without` are names that it does not take.
+
+    Raises:
+        BadRequest: something is missing, unknown, said twice or out of bounds.
+    """
+    if not isinstance(body, Mapping):
+        raise BadRequest(f"memnoise: the body = {echo(body)} is not valid; it must be a JSON object.")
+    known = {name: label for name, label in LABELS.items() if name not in without}
+    for name in body:
+        if name not in known:
+            hint = meant(name, known)
+            raise BadRequest(f"memnoise: there is no {echo(name)} in a {kind}{hint}; it may have {', '.join(known)}.")
+    for one, many in SINGULAR.items():
+        if one in body and many in body:
+            raise BadRequest(f"memnoise: {one} and {many} are both given; a {kind} takes one of them.")
+    if "prompt" not in body and "prompts" not in body:
+        raise BadRequest("memnoise: the prompt is missing; prompt must be a text or a list of texts.")
+    given: dict[str, Any] = {}
+    for name, value in body.items():
+        if name not in OWN:
+            field = SINGULAR.get(str(name), str(name))
+            given[field] = READERS[field](name, value)
+    request = Request(**given)
+    # A default need not be one of this WebUI's.
+    for name in ("sampler_name", "scheduler"):
+        READERS[name](name, getattr(request, name))
+    count = len(request.prompts) * len(request.seeds)
+    if count > MOST_IMAGES:
+        raise BadRequest(f"memnoise: {count} images are too many for one {kind}; it may have {MOST_IMAGES}.")
+    return request
+
+
+def need(ok: bool, name: str, value: Any, rule: str, known: Mapping[str, str] | None = None) -> None:
+    """Raise BadRequest unless `ok`; `rule` ends the sentence, `known` are the right values where they can be listed."""
+    if not ok:
+        hint = meant(value, known or {})
+        raise BadRequest(f"memnoise: {name} = {echo(value)} is not valid{hint}; it must be {rule}.")
+
+
+def text(name: str, value: Any, rule: str = "a text") -> str:
+    need(isinstance(value, str), name, value, rule)
+    need(is_encodable(value), name, value, "a text that can be encoded, without unpaired surrogates")
+    if len(value) > MOST_CHARACTERS:
+        raise BadRequest(f"memnoise: {name} has {len(value)} characters; it may have {MOST_CHARACTERS}.")
+    return str(value)
+
+
+def prompts(name: str, value: Any) -> tuple[str, ...]:
+    rule = "a text or a list of texts"
+    need(value not in ([], ()), name, value, f"{rule}, at least one")
+    found = tuple(text(name, one, rule) for one in listed(value))
+    need(all(one.strip() for one in found), name, value, f"{rule} that are not empty: an empty prompt has no score")
+    return found
+
+
+def listed(value: Any) -> list[Any]:
+    """What is no list as one of itself."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def whole(value: Any, low: int, high: int) -> bool:
+    """Whether it is a whole number from low to high; the page's sliders say 512.0."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and low <= value <= high and value == int(value)
+
+
+def seeds(name: str, value: Any) -> tuple[int, ...]:
+    rule = f"a whole number from -1 (a random one) to {MOST_SEED}, or a list of them"
+    need(value not in ([], ()) and all(whole(one, -1, MOST_SEED) for one in listed(value)), name, value, rule)
+    return tuple(int(one) for one in listed(value))
+
+
+def size(name: str, value: Any) -> int:
+    need(whole(value, 64, 2048) and value % 8 == 0, name, value, "a multiple of 8 from 64 to 2048")
+    return int(value)
+
+
+def steps(name: str, value: Any) -> int:
+    need(whole(value, 1, 150), name, value, "a whole number from 1 to 150")
+    return int(value)
+
+
+def cfg_scale(name: str, value: Any) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    rule = "a number above 1, for there is no guidance otherwise, and at most 100"
+    need(number and 1 < value <= 100, name, value, rule)
+    return float(value)
+
+
+def sampler_name(name: str, value: Any) -> str:
+    # Forge Classic has no `visible_samplers`, which is this.
+    visible = [one.name for one in sd_samplers.samplers if one.name not in sd_samplers.samplers_hidden]
+    return one_of(name, value, {one: one for one in visible})
+
+
+def scheduler(name: str, value: Any) -> str:
+    """A schedule type by its name or label; where the host has no list of them, any text."""
+    try:
+        from modules.sd_schedulers import schedulers
+    except ImportError:
+        return text(name, value)
+    if isinstance(value, str) and value in {one.name for one in schedulers}:
+        return value
+    return one_of(name, value, {one.label: one.name for one in schedulers})
+
+
+def styles(name: str, value: Any) -> tuple[str, ...]:
+    """Names of the host's saved styles; it would ignore others."""
+    found = tuple(text(name, one, "a text or a list of texts") for one in listed(value))
+    saved = getattr(getattr(shared, "prompt_styles", None), "styles", None)
+    if saved is None:
+        return found
+    for one in found:
+        if saved:
+            one_of(name, one, {style: style for style in saved})
+        else:
+            need(False, name, one, "empty, for no styles are saved in this WebUI")
+    return found
+
+
+def one_of(name: str, value: Any, known: Mapping[str, str]) -> str:
+    need(isinstance(value, str) and value in known, name, value, f"one of {', '.join(known)}", known)
+    return str(value)
+
+
+def words(name: str, value: Any) -> bool:
+    need(isinstance(value, bool), name, value, "true or false")
+    return bool(value)
+
+
+READERS: dict[str, Callable[[str, Any], Any]] = {
+    "prompts": prompts,
+    "negative_prompt": text,
+    "seeds": seeds,
+    "width": size,
+    "height": size,
+    "sampler_name": sampler_name,
+    "scheduler": scheduler,
+    "steps": steps,
+    "cfg_scale": cfg_scale,
+    "styles": styles,
+    "words": words,
+}
+"""Of each field of `Request`: from a name as it was written and a value to what the field holds."""
