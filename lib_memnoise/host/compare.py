@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from modules import errors, images, processing, scripts, shared
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lib_memnoise.generation import Generation, ImageReport
-from lib_memnoise.host import scoring
+from lib_memnoise.host import scoring, sheet
 from lib_memnoise.host.arguments import SLOTS
 from lib_memnoise.host.page import USUAL
 from lib_memnoise.host.scoring import BadRequest, Request, Stopped, no_prompt_history
@@ -198,38 +198,31 @@ def drawn(
     rows: list[list[Image.Image]], cells: list[Cell], chosen: list[dict[str, Any]], seeds: list[int]
 ) -> Image.Image:
     """The grid: a row for each method, a column for each seed, numbers under every picture."""
-    width, height = next(row for row in rows if row)[0].size
-    size = max(12, width // 24)
-    font, strip = images.get_font(size), int(2.8 * size)
-    grid = Image.new("RGB", (width * len(seeds), (height + strip) * len(rows)), "white")
-    draw = ImageDraw.Draw(grid)
-    for r, row in enumerate(rows):
-        for k in range(len(seeds)):
-            cell, place = cells[r * len(seeds) + k], (k * width, r * (height + strip))
-            if row:
-                grid.paste(row[k], place)
-            for line, text in enumerate(caption(cell)):
-                while text and draw.textlength(text, font=font) > width - 8:
-                    text = text[:-1]
-                draw.text((place[0] + 4, place[1] + height + 2 + line * 1.3 * size), text, font=font, fill="black")
-    annotate = images.GridAnnotation
-    return images.draw_grid_annotations(
-        grid, width, height + strip,
-        [[annotate(f"Seed {seed}")] for seed in seeds],
-        [[annotate(label(settings))] for settings in chosen[: len(rows)]],
+    columns = len(seeds)
+    laid = sheet.lay_out(
+        next(row for row in rows if row)[0].size,
+        [[bool(row)] * columns for row in rows],
+        [[caption(cell) for cell in cells[r * columns : (r + 1) * columns]] for r in range(len(rows))],
+        [f"Seed {seed}" for seed in seeds],
+        [label(settings) for settings in chosen[: len(rows)]],
+        images.get_font,
+    )
+    return sheet.drawn(
+        laid, rows, background=getattr(shared.opts, "grid_background_color", "#ffffff"),
+        ink=getattr(shared.opts, "grid_text_active_color", "#000000"),
     )  # fmt: skip
 
 
 def caption(cell: Cell) -> list[str]:
-    """Two lines under a picture."""
-    score = "" if cell.score is None else f"score {cell.score:.4g}"
-    likeness = "" if cell.similarity is None else f"similarity {cell.similarity:.2f}"
-    told = (
-        f"not mitigated: {cell.failed}"
-        if cell.failed
-        else f"{cell.rows} rows" + (f", {cell.backward_rows} backward" if cell.backward_rows else "")
-    )
-    return ["  ".join(part for part in (score, likeness) if part), told]
+    """The paragraphs under a picture."""
+    numbers = [
+        "" if cell.score is None else f"score {cell.score:.4g}",
+        "" if cell.similarity is None else f"similarity {cell.similarity:.2f}",
+        f"{cell.rows} rows" + (f", {cell.backward_rows} backward" if cell.backward_rows else ""),
+    ]
+    if cell.failed:
+        return [("failed: " if cell.picture is None else "not mitigated: ") + cell.failed, *filter(None, numbers[:2])]
+    return [text for text in numbers if text]
 
 
 def answer(request: Request, chosen: list[dict[str, Any]], reference: Image.Image | None) -> dict[str, Any]:
