@@ -31,9 +31,13 @@ class ImageReport:
     """Optimiser steps taken (per-sample)."""
     norm: float | None = None
     """‖x̃_T‖/√d."""
+    sampled: float | None = None
+    """‖Δ‖ in the first step of what was sampled, against the prompt as it was heard; only where it was looked at."""
     forward_rows: int = 0
     """Network rows evaluated: one row is one image under one prompt at one timestep."""
     backward_rows: int = 0
+    looked_rows: int = 0
+    """Of the forward rows, those evaluated only for the sake of ‖Δ‖ along the trajectory."""
     used: dict[str, object] = field(default_factory=dict)
     """The values that took effect, after preset and scaling, and the first timestep T."""
     notes: list[str] = field(default_factory=list)
@@ -73,6 +77,8 @@ class Generation:
     trace_id: str | None = None
     """By which the traces of its images are found."""
     images: dict[tuple[int, int], ImageReport] = field(default_factory=dict)
+    looks_at_first: bool = False
+    """‖Δ‖ of the first step is wanted of every image, also where guidance is off and nothing is traced."""
     placed: object = None
     """The adjusted noise, where the host has it from us and has not taken it yet."""
 

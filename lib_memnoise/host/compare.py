@@ -19,7 +19,9 @@ from torch import Tensor
 from lib_memnoise.generation import Generation, ImageReport
 from lib_memnoise.host import scoring, sheet
 from lib_memnoise.host.arguments import SLOTS
+from lib_memnoise.host.course import LOOKS
 from lib_memnoise.host.page import USUAL
+from lib_memnoise.host.refusals import is_stopping
 from lib_memnoise.host.scoring import BadRequest, Request, Stopped, no_prompt_history
 from lib_memnoise.host.xyz import TITLE
 from lib_memnoise.mitigations import METHODS
@@ -45,6 +47,7 @@ class Cell:
     similarity: float | None
     """To the reference picture: correlation of blurred pictures, −1…1."""
     rows: int
+    """Network rows that the method costs: without what is evaluated for the score alone."""
     backward_rows: int
     failed: str | None
     notes: list[str] = field(default_factory=list)
@@ -55,7 +58,7 @@ class Compared:
     grid: Image.Image
     cells: list[Cell]
     stopped: bool
-    """The user interrupted; methods that had not begun are missing."""
+    """The user interrupted; methods that were not finished are missing."""
 
 
 def parse(body: Any) -> tuple[Request, list[dict[str, Any]], Image.Image | None]:
@@ -80,8 +83,7 @@ def parse(body: Any) -> tuple[Request, list[dict[str, Any]], Image.Image | None]
         if not isinstance(settings, Mapping):
             raise BadRequest(f"memnoise: methods = {entry!r} is not valid; each must be a name or a dict of settings.")
         try:
-            # ‖Δ‖ of the first step is the picture's score.
-            chosen.append({"trace": "on", **settings, "enabled": True})
+            chosen.append({**settings, "enabled": True})
             from_mapping(chosen[-1])
         except SettingError as error:
             raise BadRequest(str(error)) from None
@@ -103,7 +105,7 @@ def opened(reference: Any) -> Image.Image | None:
 
 def label(settings: Mapping[str, Any]) -> str:
     """A row's label: the method, and what is set of it."""
-    own = [f"{name} {value}" for name, value in settings.items() if name not in ("enabled", "method", "trace")]
+    own = [f"{name} {value}" for name, value in settings.items() if name not in ("enabled", "method")]
     return ", ".join([METHODS[settings.get("method", "batch_wise")].label, *own])
 
 
@@ -120,10 +122,11 @@ def compare(request: Request, chosen: list[dict[str, Any]], reference: Image.Ima
     shared.state.job_count = len(chosen)
     rows, cells, stopped = [], [], False
     for settings in chosen:
-        if shared.state.interrupted or shared.state.skipped:
-            stopped = True
+        if stopped := is_stopping():
             break
         pictures, generation, failed = generated(request, settings, seeds)
+        if stopped := was_cut_short(len(pictures) == len(seeds), failed):
+            break
         likeness = alike(pictures, reference)
         done = len(pictures) == len(seeds)
         for k, seed in enumerate(seeds):
@@ -132,11 +135,11 @@ def compare(request: Request, chosen: list[dict[str, Any]], reference: Image.Ima
                 Cell(
                     pictures[k] if done else None,
                     method=settings.get("method", "batch_wise"),
-                    settings={name: value for name, value in settings.items() if name not in ("enabled", "trace")},
+                    settings={name: value for name, value in settings.items() if name != "enabled"},
                     seed=seed,
-                    score=report.trace[0].magnitude if report.trace else None,
+                    score=report.sampled,
                     similarity=likeness[k] if done and likeness else None,
-                    rows=report.forward_rows,
+                    rows=report.forward_rows - report.looked_rows,
                     backward_rows=report.backward_rows,
                     failed=failed or report.failed,
                     notes=report.notes,
@@ -144,10 +147,18 @@ def compare(request: Request, chosen: list[dict[str, Any]], reference: Image.Ima
             )
         rows.append(pictures if done else [])
     if not any(rows):
-        if stopped or shared.state.interrupted:
+        if stopped:
             raise Stopped("memnoise: interrupted.")
         raise BadRequest(f"memnoise: no picture could be generated: {cells[0].failed}.")
     return Compared(drawn(rows, cells, chosen, seeds), cells, stopped)
+
+
+def was_cut_short(done: bool, failed: str | None) -> bool:
+    """Whether a row's pictures are not those of the method, because the user interrupted while they were made.
+
+    The host then hands out what it had sampled so far, or nothing.
+    """
+    return shared.state.interrupted or shared.state.skipped or (not done and failed is None and is_stopping())
 
 
 def generated(
@@ -158,6 +169,7 @@ def generated(
     p = scoring.make_processing(kind, request, list(request.prompts) * len(seeds), seeds)
     try:
         p.scripts = alone()
+        setattr(p, LOOKS, True)
         p.script_args = [True, settings, *[None] * (len(SLOTS) - 2)]
         with no_prompt_history():
             found = processing.process_images(p).images

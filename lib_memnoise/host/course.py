@@ -38,6 +38,9 @@ from lib_memnoise.mitigations.descent import NoGradient
 from lib_memnoise.mitigations.outcome import Initial, Outcome, Scored, choose, run, run_some
 from lib_memnoise.settings import INFOTEXT, Settings, preset_for, size_factor, to_infotext
 
+LOOKS = "memnoise_looks"
+"""Attribute of a processing object: ‖Δ‖ of the first step is wanted of what it generates."""
+
 
 def begin(p: Any, settings: Settings | Refusal, *, is_img2img: bool) -> None:
     """`before_process`: start from a clean slate, and refuse bad settings before anything is sampled.
@@ -54,6 +57,7 @@ def begin(p: Any, settings: Settings | Refusal, *, is_img2img: bool) -> None:
         refuse(p, settings)
     elif settings.enabled:
         p.memnoise, p.memnoise_owner = Generation(settings), weakref.ref(p)
+        p.memnoise.looks_at_first = getattr(p, LOOKS, False)
 
 
 def is_inside_another() -> bool:
@@ -178,6 +182,7 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
             expected_t=t,
             answers=predictor.answers,
             fail_instead=generation.fail_instead,
+            looks_at_first=generation.looks_at_first and not second_pass,
         )
         if generation.fail_instead and outcome.failed:
             fail_sampling(p, RuntimeError(next(iter(outcome.failed.values()))))
