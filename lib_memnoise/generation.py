@@ -89,6 +89,8 @@ class Generation:
     settings: Settings
     preset: str = "sd1"
     """What "auto" stands for on the checkpoint that was loaded first; a hires pass may have another."""
+    pinned: Settings | None = None
+    """The settings as the infotext has them."""
     fail_instead: bool = False
     trace_id: str | None = None
     """By which the traces of its images are found."""

@@ -97,13 +97,19 @@ def describe(p: Any) -> None:
     if getattr(shared.opts, "memnoise_fail_instead", False):
         generation.fail_instead = True
     generation.preset = checkpoint_preset()
-    p.extra_generation_params.update(to_infotext(generation.settings.pinned(generation.preset)))
+    pin(p, generation, generation.settings.pinned(generation.preset))
     if generation.settings.trace != "off":
         generation.trace_id = uuid.uuid4().hex
         p.extra_generation_params[f"{INFOTEXT} trace id"] = generation.trace_id
     for key in generation.keys:
         key = f"{INFOTEXT} {key}"
         p.extra_generation_params[key] = _infotext_value(generation, key)
+
+
+def pin(p: Any, generation: Generation, pinned: Settings) -> None:
+    """Write the settings into the infotext."""
+    generation.pinned = pinned
+    p.extra_generation_params.update(to_infotext(pinned))
 
 
 def _infotext_value(generation: Generation, key: str) -> Any:
@@ -119,7 +125,8 @@ def _infotext_value(generation: Generation, key: str) -> Any:
 def checkpoint_preset() -> str:
     model = shared.sd_model
     family = "sd1" if getattr(model, "is_sd1", False) else "sd2" if getattr(model, "is_sd2", False) else "other"
-    return preset_for(parameterization=parameterization(), family=family)
+    info = getattr(model, "sd_checkpoint_info", None)
+    return preset_for(parameterization=parameterization(), family=family, sha256=getattr(info, "sha256", None))
 
 
 def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
@@ -151,7 +158,9 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
                 empty=empty,
                 as_host=is_measured_first(settings),
             )
-            settings = resolved(settings, noise, predictor.step.t, reports)
+            numbers = calibrated(settings, noise, predictor.step.t, reports)
+            pinned = settings.pinned(checkpoint_preset(), numbers)
+            settings = settings.resolved(checkpoint_preset(), numbers)
             outcome = adjusted(noise, predictor, settings, reports, initial_of(p, predictor))
             hearing = Hearing(p, c, outcome.prompts, reports) if outcome.prompts else None
             if settings.trace == "compare" and not second_pass and not torch.equal(outcome.x, noise):
@@ -162,6 +171,8 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
     except Exception as error:
         fail(p, generation, reports, error)
     else:
+        if not second_pass:
+            pin(p, generation, pinned)  # by now it is known what a calibration has to say
         place(p, generation, noise, outcome.x)
         t = predictor.step.t
         fill_reports(reports, outcome)
@@ -208,7 +219,7 @@ def settings_of_second(generation: Generation, reports: list[ImageReport]) -> Se
 
     Where numbers are given, all of the first pass's hold, as its infotext has them: so it makes the same picture.
     """
-    settings = generation.settings.pinned(generation.preset)
+    settings = generation.pinned or generation.settings
     if settings.preset != generation.settings.preset and checkpoint_preset() != generation.preset:
         for report in reports:
             report.note("some numbers were given, so all are the first pass's, whose checkpoint is of another kind")
@@ -264,12 +275,16 @@ def compare(
             report.note(f"the noise as drawn could not be traced: {error}")
 
 
-def resolved(settings: Settings, noise: Tensor, t: float, reports: list[ImageReport]) -> Settings:
-    """The settings with the numbers that a preset has for the checkpoint at hand, and those of its calibration."""
-    preset, kind = checkpoint_preset(), parameterization()
+def calibrated(settings: Settings, noise: Tensor, t: float, reports: list[ImageReport]) -> dict[str, Any] | None:
+    """The numbers of the checkpoint's calibration, where these settings take any and there is one.
+
+    Raises:
+        Unsupported: there is none, and they cannot do without.
+    """
     by_score = settings.when == "flagged" and settings.threshold is None
-    if not by_score and not settings.follows_calibration(preset):
-        return settings.resolved(preset)
+    follows = settings.preset == "calibrated" or settings.takes_from_calibration(checkpoint_preset()) != ("threshold",)
+    if not by_score and not follows:
+        return None
     height, width = (8 * side for side in noise.shape[-2:])
     known, problem = calibrations.store().load(calibrations.key(t, width, height))
     if known is None and settings.preset == "calibrated":
@@ -282,9 +297,8 @@ def resolved(settings: Settings, noise: Tensor, t: float, reports: list[ImageRep
                 report.note(problem)
             if known is None:
                 report.note("the threshold is the preset's: the checkpoint is not calibrated at this size and timestep")
-    factor = size_factor(noise[0].numel(), kind)
-    numbers = None if known is None else known.settings(factor, settings.false_positives)
-    return settings.resolved(preset, numbers)
+    factor = size_factor(noise[0].numel(), parameterization())
+    return None if known is None else known.settings(factor, settings.false_positives)
 
 
 def is_measured_first(settings: Settings) -> bool:
