@@ -21,7 +21,7 @@ class TracePoint:
 
 @dataclass
 class ImageReport:
-    """What happened to one image. None: not measured."""
+    """What happened to one image in one pass. None: not measured."""
 
     before: float | None = None
     """‖Δ(x_T, T)‖ of the noise as drawn."""
@@ -31,9 +31,13 @@ class ImageReport:
     """Optimiser steps taken (per-sample)."""
     norm: float | None = None
     """‖x̃_T‖/√d."""
+    sampled: float | None = None
+    """‖Δ‖ in the first step of what was sampled, against the prompt as it was heard; only where it was looked at."""
     forward_rows: int = 0
     """Network rows evaluated: one row is one image under one prompt at one timestep."""
     backward_rows: int = 0
+    looked_rows: int = 0
+    """Of the forward rows, those evaluated only for the sake of ‖Δ‖ along the trajectory."""
     used: dict[str, object] = field(default_factory=dict)
     """The values that took effect, after preset and scaling, and the first timestep T."""
     notes: list[str] = field(default_factory=list)
@@ -50,16 +54,32 @@ class ImageReport:
     trace: list[TracePoint] = field(default_factory=list)
     drawn: list[TracePoint] = field(default_factory=list)
     """The trace of the same noise as drawn, if it was asked for."""
+    hires: ImageReport | None = None
+    """What happened in the second pass of hires fix, of a first pass's report; None: that is not adjusted."""
 
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+    @property
+    def passes(self) -> list[ImageReport]:
+        return [self] if self.hires is None else [self, self.hires]
+
+    @property
+    def every_note(self) -> list[str]:
+        """Of both passes."""
+        return self.notes + [f"hires pass: {note}" for note in ([] if self.hires is None else self.hires.notes)]
 
 
 REPORT_KEYS = (
     "used", "prompt", "magnitude", "magnitude after", "mitigated", "steps taken", "norm", "transition at", "rows",
     "backward rows", "note", "failed",
 )  # fmt: skip
+HIRES_KEYS = (
+    "hires used", "hires prompt", "hires magnitude", "hires magnitude after", "hires steps taken", "hires norm",
+    "hires transition at", "hires failed",
+)  # fmt: skip
+"""Of the second pass of hires fix, where it is adjusted as well. Rows and notes are those of both passes."""
 
 
 @dataclass
@@ -68,11 +88,15 @@ class Generation:
 
     settings: Settings
     preset: str = "sd1"
-    """What "auto" stands for on the loaded checkpoint."""
+    """What "auto" stands for on the checkpoint that was loaded first; a hires pass may have another."""
+    pinned: Settings | None = None
+    """The settings as the infotext has them."""
     fail_instead: bool = False
     trace_id: str | None = None
     """By which the traces of its images are found."""
     images: dict[tuple[int, int], ImageReport] = field(default_factory=dict)
+    looks_at_first: bool = False
+    """‖Δ‖ of the first step is wanted of every image, also where guidance is off and nothing is traced."""
     placed: object = None
     """The adjusted noise, where the host has it from us and has not taken it yet."""
 
@@ -82,28 +106,42 @@ class Generation:
     def image(self, batch: int, place: int) -> ImageReport:
         return self.images.setdefault((batch, place), ImageReport())
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Those of `report_infotext` that may have values."""
+        return REPORT_KEYS + HIRES_KEYS if self.settings.hires else REPORT_KEYS
+
     def batch(self, batch: int) -> list[ImageReport]:
         return [report for (number, _), report in sorted(self.images.items()) if number == batch]
 
 
 def report_infotext(report: ImageReport) -> dict[str, str | int | None]:
-    """What happened to an image, in infotext form: a value for each of REPORT_KEYS, None where there is none."""
+    """What happened to an image, in infotext form: a value for each report key, None where there is none."""
+    rows, backward = (sum(getattr(own, name) for own in report.passes) for name in ("forward_rows", "backward_rows"))
+    values = {
+        **_of_pass(report),
+        "mitigated": None if report.threshold is None else str(not report.left_alone),
+        "rows": rows or None,
+        "backward rows": backward or None,
+        "note": "; ".join(report.every_note) or None,
+    }
+    second = _of_pass(report.hires or ImageReport())
+    values |= {f"hires {key}": value for key, value in second.items()}
+    return {f"{INFOTEXT} {key}": values[key] for key in REPORT_KEYS + HIRES_KEYS}
+
+
+def _of_pass(report: ImageReport) -> dict[str, str | int | None]:
     used = (f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in report.used.items())
-    values: tuple[str | int | None, ...] = (
-        " ".join(used) or None,
-        report.prompt,
-        _number(report.before),
-        _number(report.after),
-        None if report.threshold is None else str(not report.left_alone),
-        report.steps,
-        _number(report.norm, 6),
-        _number(report.transition),
-        report.forward_rows or None,
-        report.backward_rows or None,
-        "; ".join(report.notes) or None,
-        report.failed,
-    )
-    return {f"{INFOTEXT} {key}": value for key, value in zip(REPORT_KEYS, values)}
+    return {
+        "used": " ".join(used) or None,
+        "prompt": report.prompt,
+        "magnitude": _number(report.before),
+        "magnitude after": _number(report.after),
+        "steps taken": report.steps,
+        "norm": _number(report.norm, 6),
+        "transition at": _number(report.transition),
+        "failed": report.failed,
+    }
 
 
 def _number(value: float | None, digits: int = 4) -> str | None:

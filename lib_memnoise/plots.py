@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-NOISES = {"points": "as sampled", "drawn": "noise as drawn"}
+NOISES = {"points": "as sampled", "drawn": "noise as drawn", "hires": "hires pass"}
 """The curves of an image in a trace's document, and their names."""
 
 
@@ -18,7 +18,7 @@ def curves(trace: Mapping[str, Any]) -> Iterator[tuple[int, str, list[Mapping[st
     """Image (from 1), the curve's name and its points, of all curves that have any."""
     for number, image in enumerate(trace["images"], 1):
         for key, name in NOISES.items():
-            if image[key]:
+            if image.get(key):
                 yield number, name, image[key]
 
 
@@ -100,7 +100,7 @@ def figure(trace: Mapping[str, Any]) -> Any:
             [point["t"] for point in points],
             [point["magnitude"] for point in points],
             color=f"C{(number - 1) % 10}",
-            linestyle="-" if noise == NOISES["points"] else "--",
+            linestyle=dict(zip(NOISES.values(), ("-", "--", ":")))[noise],
             marker=".",
             label=noise if len(trace["images"]) == 1 else f"image {number}, {noise}",
         )

@@ -364,6 +364,15 @@ class Settings:
         """Whether all numbers come from the checkpoint's calibration if it has one; `preset` as in `resolved`."""
         return self.preset == "calibrated" or (preset == "relative" and self.preset == "auto")
 
+    def takes_from_calibration(self, preset: str) -> tuple[str, ...]:
+        """The numbers that come from the checkpoint's calibration if it has one; `preset` as in `resolved`."""
+        if self.method != "sail":  # whose target is one for its own loss
+            if self.follows_calibration(preset):
+                return ("threshold", "gamma", "target", "target_kind")
+            if self.preset == "auto" and preset in ABSOLUTE and self.method in _DESCENT:
+                return ("threshold", "target", "target_kind")
+        return ("threshold",)
+
     def resolved(self, preset: str, calibrated: Mapping[str, Any] | None = None) -> Settings:
         """These settings with nothing left to a preset.
 
@@ -371,38 +380,36 @@ class Settings:
             preset: names the numbers for what is not given (a key of `PRESET_VALUES`); ignored where the settings
                 name one themselves.
             calibrated: what the checkpoint's calibration says (`Calibration.settings`). Its threshold is always
-                taken, its other numbers where the preset is "calibrated", or nothing is published.
+                taken, its other numbers where the preset is "calibrated" or nothing is published, its target also
+                where none is published.
         """
-        follows = self.follows_calibration(preset)
+        taken = self.takes_from_calibration(preset)
         if self.preset != "auto":
-            preset = self.preset
-        values = preset_values({"custom": "sd1", "calibrated": "relative"}.get(preset, preset), self.method)
+            preset = {"custom": "sd1", "calibrated": "relative"}.get(self.preset, self.preset)
+        values = preset_values(preset, self.method)
         if calibrated is not None:
-            # SAIL's target is one for its own loss.
-            taken = calibrated if follows and self.method != "sail" else {"threshold": calibrated["threshold"]}
-            values.update({name: value for name, value in taken.items() if name in values})
+            values.update({name: value for name, value in calibrated.items() if name in taken})
         # A target means something only together with its kind: a preset never completes half of the pair.
         if self.target is not None:
             values["target_kind"] = "absolute"
         elif self.target_kind not in (None, values["target_kind"]):
-            other = "relative" if self.target_kind == "fraction" else "sd1"
-            values["target"] = preset_values(other, self.method)["target"]
+            values["target"] = target_of_kind(self.target_kind, preset, self.method)
         missing = {name: value for name, value in values.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 
-    def pinned(self, preset: str) -> Settings:
-        """An equal form that means the same on any checkpoint, for metadata.
+    def pinned(self, preset: str, calibrated: Mapping[str, Any] | None = None) -> Settings:
+        """An equal form that means the same on any checkpoint, for metadata; arguments as in `resolved`.
 
         Settings that follow a preset throughout stay as they are. Where a value differs from the preset's, all
         of the method's values are spelled out under "custom".
         """
         if self.preset == "calibrated":
             return self  # its numbers are this machine's; what took effect is told apart
-        resolved = self.resolved(preset)
+        resolved = self.resolved(preset, calibrated)
         if self.preset != "custom":
             nothing: dict[str, Any] = {name: None for name in SPECS if SPECS[name].preset}
             plain = dataclasses.replace(self, **nothing)
-            if plain.resolved(preset) == resolved:
+            if plain.resolved(preset, calibrated) == resolved:
                 return plain
         return dataclasses.replace(resolved, preset="custom")
 
@@ -440,6 +447,11 @@ PRESET_VALUES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+HALF = {"target": 0.5, "target_kind": "fraction"}
+# An absolute target is one checkpoint's: on others of its kind ‖Δ‖ is of another size.
+PRESET_VALUES["sd1_like"] = {**PRESET_VALUES["sd1"], **HALF}
+PRESET_VALUES["sd2_v_like"] = {**PRESET_VALUES["sd2_v"], **HALF}
+
 METHOD_VALUES: dict[str, dict[str, dict[str, Any]]] = {
     # Figure 4 sweeps 780…720 with noise as drawn, Figure 5 999…917 (SD 2.0).
     "static": {"sd1": {"tau": 740.0}, "relative": {"tau": 740.0}},
@@ -459,6 +471,21 @@ METHOD_VALUES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """What a preset has for one method other than `PRESET_VALUES` does."""
+for _numbers in METHOD_VALUES.values():
+    for _preset in ("sd1", "sd2_v"):
+        if _preset in _numbers:
+            _numbers[f"{_preset}_like"] = {**_numbers[_preset], **(HALF if "target" in _numbers[_preset] else {})}
+
+PUBLISHED = {
+    "sd1": (
+        "fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556",  # sd-v1-4.ckpt
+        "14749efc0ae8ef0329391ad4436feb781b402f4fece4883c7ad8d10556d8a36a",  # sd-v1-4-full-ema.ckpt
+    ),
+    "sd2_v": ("bfcaf0755797b0c30eb00a3787e8b423eb1f5decd8de76c4d824ac2dd27e139f",),  # 768-v-ema.ckpt, of SD 2.0
+}
+"""SHA-256 of the files that a preset's targets were published for."""
+ABSOLUTE = {"sd1_like": "sd1", "sd2_v_like": "sd2_v", "relative": "sd1"}
+"""Presets without a published target, and the one whose target is taken where an absolute one is asked for."""
 
 
 def preset_values(preset: str, method: str) -> dict[str, Any]:
@@ -466,15 +493,28 @@ def preset_values(preset: str, method: str) -> dict[str, Any]:
     return {**PRESET_VALUES[preset], **METHOD_VALUES.get(method, {}).get(preset, {})}
 
 
+def target_of_kind(kind: str, preset: str, method: str) -> Any:
+    """The target to take where a preset's own is of the other kind."""
+    others = ("relative",) if kind == "fraction" else (ABSOLUTE.get(preset, "sd1"), "sd1")
+    found = (preset_values(other, method) for other in others)
+    return next(values["target"] for values in found if values["target_kind"] == kind)
+
+
 REFERENCE_SIZE = {"eps": 4 * 64 * 64, "v": 4 * 96 * 96}
 """d = C·H·W of the latents that the published values belong to: SD1 at 512 px, SD2 v at 768 px."""
 
 
-def preset_for(*, parameterization: str, family: str) -> str:
-    """The preset that "auto" stands for: `family` is "sd1", "sd2" or anything else."""
-    if parameterization == "v":
-        return "sd2_v"
-    return "sd1" if family in ("sd1", "sd2") else "relative"
+def preset_for(*, parameterization: str, family: str, sha256: str | None = None) -> str:
+    """The preset that "auto" stands for (a key of `PRESET_VALUES`).
+
+    Args:
+        family: "sd1", "sd2" or anything else.
+        sha256: the checkpoint file's, where it is known.
+    """
+    if parameterization != "v" and family not in ("sd1", "sd2"):
+        return "relative"
+    preset = "sd2_v" if parameterization == "v" else "sd1"
+    return preset if sha256 in PUBLISHED[preset] else f"{preset}_like"
 
 
 def size_factor(d: int, parameterization: str) -> float:

@@ -162,12 +162,73 @@ def test_presets_are_the_papers() -> None:
     assert (sd1.gamma, sd1.rho, sd1.steps, sd1.tau, sd1.lr, sd1.target) == (0.7, 50, 2, 900, 0.01, 0.9)
     sd2 = DEFAULTS.resolved("sd2_v")
     assert (sd2.steps, sd2.tau) == (4, 917.449)
-    assert preset_for(parameterization="eps", family="sd1") == preset_for(parameterization="eps", family="sd2") == "sd1"
-    assert preset_for(parameterization="v", family="sd2") == "sd2_v"
-    assert preset_for(parameterization="eps", family="sdxl") == "relative"
     for values in PRESET_VALUES.values():
         for name, value in values.items():
             assert check(name, value) == value
+
+
+SD14 = "fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556"
+SD20_V = "bfcaf0755797b0c30eb00a3787e8b423eb1f5decd8de76c4d824ac2dd27e139f"
+
+
+def test_a_published_target_is_for_the_checkpoint_it_was_published_for() -> None:
+    def found(parameterization: str, family: str, sha256: str | None, method: str) -> tuple[Any, ...]:
+        preset = preset_for(parameterization=parameterization, family=family, sha256=sha256)
+        values = Settings(method=method).resolved(preset)
+        return values.target, values.target_kind, values.gamma, values.lr
+
+    assert found("eps", "sd1", SD14, "per_sample") == (0.9, "absolute", 0.7, 0.01)
+    assert found("eps", "sd1", SD14, "prompt_embedding") == (1.581, "absolute", 0.7, 0.05)
+    assert found("eps", "sd1", SD14, "sail") == (8.2, "absolute", 0.7, 0.05)
+    assert found("v", "sd2", SD20_V, "per_sample") == (10, "absolute", 0.0479, 0.00684)
+    # γ̃, ρ, M, τ and the learning rate are those of the family all the same
+    for family, sha256 in (("sd1", None), ("sd1", "0" * 64), ("sd1", SD20_V), ("sd2", SD14[:-1]), ("other", SD14)):
+        for method, lr in (("per_sample", 0.01), ("prompt_embedding", 0.05), ("sail", 0.05)):
+            assert found("eps", family, sha256, method) == (0.5, "fraction", 0.7, lr)
+    for family, sha256 in (("sd2", None), ("sd1", SD14), ("other", "0" * 64)):
+        for method, lr in (("per_sample", 0.00684), ("prompt_embedding", 0.05), ("sail", 0.05)):
+            assert found("v", family, sha256, method) == (0.5, "fraction", 0.0479, lr)
+    for name, value in PRESET_VALUES["sd1_like"].items():
+        assert name in ("target", "target_kind") or value == PRESET_VALUES["sd1"][name]
+    for name, value in PRESET_VALUES["sd2_v_like"].items():
+        assert name in ("target", "target_kind") or value == PRESET_VALUES["sd2_v"][name]
+    # named presets stay the paper's on every checkpoint
+    for preset in PRESET_VALUES:
+        assert Settings(method="per_sample", preset="sd1").resolved(preset).target == 0.9
+        assert Settings(method="per_sample", preset="sd2_v").resolved(preset).target == 10
+    # an absolute target is the kind's own
+    absolute = Settings(method="per_sample", target_kind="absolute")
+    assert [absolute.resolved(preset).target for preset in ("sd1_like", "sd2_v_like", "relative")] == [0.9, 10, 0.9]
+    assert Settings(method="sail", target_kind="absolute").resolved("sd2_v_like").target == 8.2
+
+
+CALIBRATED = {"gamma": 0.3, "target": 2.5, "target_kind": "absolute", "threshold": 7.0}
+
+
+def test_what_a_calibration_has_a_say_in() -> None:
+    def found(kind: str, method: str = "per_sample", **given: Any) -> tuple[Any, ...]:
+        values = Settings(method=method, **given).resolved(kind, CALIBRATED)
+        return values.target, values.target_kind, values.gamma
+
+    assert found("sd1") == (0.9, "absolute", 0.7)
+    assert found("sd1_like") == (2.5, "absolute", 0.7)  # the target alone
+    assert found("sd2_v_like") == (2.5, "absolute", 0.0479)
+    assert found("relative") == found("sd1_like", preset="calibrated") == (2.5, "absolute", 0.3)
+    assert found("sd1_like", preset="sd1") == (0.9, "absolute", 0.7)
+    assert found("sd1_like", "sail") == (0.5, "fraction", 0.7)  # its target is one for its own loss
+
+
+@given(mappings(), st.sampled_from(list(PRESET_VALUES)))
+def test_infotext_restores_the_settings_on_a_calibrated_checkpoint(given_: dict[str, Any], preset: str) -> None:
+    settings = from_mapping(given_)
+    text = {key: str(value) for key, value in to_infotext(settings.pinned(preset, CALIBRATED)).items()}
+    again = from_mapping(from_infotext(text)[0])
+
+    def used(s: Settings) -> dict[str, Any]:
+        values = s.resolved(preset, CALIBRATED).of_method()
+        return {name: value for name, value in values.items() if name != "preset"}
+
+    assert used(again) == used(settings)
 
 
 def test_a_target_and_its_kind_go_together() -> None:

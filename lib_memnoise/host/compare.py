@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from modules import errors, images, processing, scripts, shared
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lib_memnoise.generation import Generation, ImageReport
-from lib_memnoise.host import scoring
+from lib_memnoise.host import scoring, sheet
 from lib_memnoise.host.arguments import SLOTS
+from lib_memnoise.host.course import LOOKS
 from lib_memnoise.host.page import USUAL
 from lib_memnoise.host.picture import opened
+from lib_memnoise.host.refusals import is_stopping
 from lib_memnoise.host.request import BadRequest, Request
 from lib_memnoise.host.request import parse as request_of
 from lib_memnoise.host.scoring import Stopped, no_prompt_history
@@ -46,6 +48,7 @@ class Cell:
     similarity: float | None
     """To the reference picture: correlation of blurred pictures, −1…1."""
     rows: int
+    """Network rows that the method costs: without what is evaluated for the score alone."""
     backward_rows: int
     failed: str | None
     notes: list[str] = field(default_factory=list)
@@ -56,7 +59,7 @@ class Compared:
     grid: Image.Image
     cells: list[Cell]
     stopped: bool
-    """The user interrupted; methods that had not begun are missing."""
+    """The user interrupted; methods that were not finished are missing."""
 
 
 def parse(body: Any) -> tuple[Request, list[dict[str, Any]], Image.Image | None]:
@@ -101,13 +104,12 @@ def settings_of(number: int, entry: Any) -> dict[str, Any]:
             f"memnoise: enabled = false in methods[{number}] is not valid; a comparison mitigates every picture, and "
             'the method "none" is a picture without.'
         )
-    # ‖Δ‖ of the first step is the picture's score.
-    return {"trace": "on", **settings, "enabled": True}
+    return {**settings, "enabled": True}
 
 
 def label(settings: Mapping[str, Any]) -> str:
     """A row's label: the method, and what is set of it."""
-    own = [f"{name} {value}" for name, value in settings.items() if name not in ("enabled", "method", "trace")]
+    own = [f"{name} {value}" for name, value in settings.items() if name not in ("enabled", "method")]
     return ", ".join([METHODS[settings.get("method", "batch_wise")].label, *own])
 
 
@@ -124,10 +126,11 @@ def compare(request: Request, chosen: list[dict[str, Any]], reference: Image.Ima
     shared.state.job_count = len(chosen)
     rows, cells, stopped = [], [], False
     for settings in chosen:
-        if shared.state.interrupted or shared.state.skipped:
-            stopped = True
+        if stopped := is_stopping():
             break
         pictures, generation, failed = generated(request, settings, seeds)
+        if stopped := was_cut_short(len(pictures) == len(seeds), failed):
+            break
         likeness = alike(pictures, reference)
         done = len(pictures) == len(seeds)
         for k, seed in enumerate(seeds):
@@ -136,11 +139,11 @@ def compare(request: Request, chosen: list[dict[str, Any]], reference: Image.Ima
                 Cell(
                     pictures[k] if done else None,
                     method=settings.get("method", "batch_wise"),
-                    settings={name: value for name, value in settings.items() if name not in ("enabled", "trace")},
+                    settings={name: value for name, value in settings.items() if name != "enabled"},
                     seed=seed,
-                    score=report.trace[0].magnitude if report.trace else None,
+                    score=report.sampled,
                     similarity=likeness[k] if done and likeness else None,
-                    rows=report.forward_rows,
+                    rows=report.forward_rows - report.looked_rows,
                     backward_rows=report.backward_rows,
                     failed=failed or report.failed,
                     notes=report.notes,
@@ -148,10 +151,18 @@ def compare(request: Request, chosen: list[dict[str, Any]], reference: Image.Ima
             )
         rows.append(pictures if done else [])
     if not any(rows):
-        if stopped or shared.state.interrupted:
+        if stopped:
             raise Stopped("memnoise: interrupted.")
         raise BadRequest(f"memnoise: no picture could be generated: {cells[0].failed}.")
     return Compared(drawn(rows, cells, chosen, seeds), cells, stopped)
+
+
+def was_cut_short(done: bool, failed: str | None) -> bool:
+    """Whether a row's pictures are not those of the method, because the user interrupted while they were made.
+
+    The host then hands out what it had sampled so far, or nothing.
+    """
+    return shared.state.interrupted or shared.state.skipped or (not done and failed is None and is_stopping())
 
 
 def generated(
@@ -162,6 +173,7 @@ def generated(
     p = scoring.make_processing(kind, request, list(request.prompts) * len(seeds), seeds)
     try:
         p.scripts = alone()
+        setattr(p, LOOKS, True)
         p.script_args = [True, settings, *[None] * (len(SLOTS) - 2)]
         with no_prompt_history():
             found = processing.process_images(p).images
@@ -202,38 +214,31 @@ def drawn(
     rows: list[list[Image.Image]], cells: list[Cell], chosen: list[dict[str, Any]], seeds: list[int]
 ) -> Image.Image:
     """The grid: a row for each method, a column for each seed, numbers under every picture."""
-    width, height = next(row for row in rows if row)[0].size
-    size = max(12, width // 24)
-    font, strip = images.get_font(size), int(2.8 * size)
-    grid = Image.new("RGB", (width * len(seeds), (height + strip) * len(rows)), "white")
-    draw = ImageDraw.Draw(grid)
-    for r, row in enumerate(rows):
-        for k in range(len(seeds)):
-            cell, place = cells[r * len(seeds) + k], (k * width, r * (height + strip))
-            if row:
-                grid.paste(row[k], place)
-            for line, text in enumerate(caption(cell)):
-                while text and draw.textlength(text, font=font) > width - 8:
-                    text = text[:-1]
-                draw.text((place[0] + 4, place[1] + height + 2 + line * 1.3 * size), text, font=font, fill="black")
-    annotate = images.GridAnnotation
-    return images.draw_grid_annotations(
-        grid, width, height + strip,
-        [[annotate(f"Seed {seed}")] for seed in seeds],
-        [[annotate(label(settings))] for settings in chosen[: len(rows)]],
+    columns = len(seeds)
+    laid = sheet.lay_out(
+        next(row for row in rows if row)[0].size,
+        [[bool(row)] * columns for row in rows],
+        [[caption(cell) for cell in cells[r * columns : (r + 1) * columns]] for r in range(len(rows))],
+        [f"Seed {seed}" for seed in seeds],
+        [label(settings) for settings in chosen[: len(rows)]],
+        images.get_font,
+    )
+    return sheet.drawn(
+        laid, rows, background=getattr(shared.opts, "grid_background_color", "#ffffff"),
+        ink=getattr(shared.opts, "grid_text_active_color", "#000000"),
     )  # fmt: skip
 
 
 def caption(cell: Cell) -> list[str]:
-    """Two lines under a picture."""
-    score = "" if cell.score is None else f"score {cell.score:.4g}"
-    likeness = "" if cell.similarity is None else f"similarity {cell.similarity:.2f}"
-    told = (
-        f"not mitigated: {cell.failed}"
-        if cell.failed
-        else f"{cell.rows} rows" + (f", {cell.backward_rows} backward" if cell.backward_rows else "")
-    )
-    return ["  ".join(part for part in (score, likeness) if part), told]
+    """The paragraphs under a picture."""
+    numbers = [
+        "" if cell.score is None else f"score {cell.score:.4g}",
+        "" if cell.similarity is None else f"similarity {cell.similarity:.2f}",
+        f"{cell.rows} rows" + (f", {cell.backward_rows} backward" if cell.backward_rows else ""),
+    ]
+    if cell.failed:
+        return [("failed: " if cell.picture is None else "not mitigated: ") + cell.failed, *filter(None, numbers[:2])]
+    return [text for text in numbers if text]
 
 
 def answer(request: Request, chosen: list[dict[str, Any]], reference: Image.Image | None) -> dict[str, Any]:

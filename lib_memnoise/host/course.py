@@ -13,13 +13,14 @@ import sys
 import uuid
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from modules import devices, errors, shared
 from torch import Tensor
 
-from lib_memnoise.generation import REPORT_KEYS, Generation, ImageReport, report_infotext
+from lib_memnoise.generation import Generation, ImageReport, report_infotext
 from lib_memnoise.guidance import ALWAYS, Start, make_start
 from lib_memnoise.host import calibrations, traces, words
 from lib_memnoise.host.arguments import Refusal
@@ -38,6 +39,9 @@ from lib_memnoise.mitigations.descent import NoGradient
 from lib_memnoise.mitigations.outcome import Initial, Outcome, Scored, choose, run, run_some
 from lib_memnoise.settings import INFOTEXT, Settings, preset_for, size_factor, to_infotext
 
+LOOKS = "memnoise_looks"
+"""Attribute of a processing object: ‖Δ‖ of the first step is wanted of what it generates."""
+
 
 def begin(p: Any, settings: Settings | Refusal, *, is_img2img: bool) -> None:
     """`before_process`: start from a clean slate, and refuse bad settings before anything is sampled.
@@ -54,6 +58,7 @@ def begin(p: Any, settings: Settings | Refusal, *, is_img2img: bool) -> None:
         refuse(p, settings)
     elif settings.enabled:
         p.memnoise, p.memnoise_owner = Generation(settings), weakref.ref(p)
+        p.memnoise.looks_at_first = getattr(p, LOOKS, False)
 
 
 def is_inside_another() -> bool:
@@ -92,13 +97,19 @@ def describe(p: Any) -> None:
     if getattr(shared.opts, "memnoise_fail_instead", False):
         generation.fail_instead = True
     generation.preset = checkpoint_preset()
-    p.extra_generation_params.update(to_infotext(generation.settings.pinned(generation.preset)))
+    pin(p, generation, generation.settings.pinned(generation.preset))
     if generation.settings.trace != "off":
         generation.trace_id = uuid.uuid4().hex
         p.extra_generation_params[f"{INFOTEXT} trace id"] = generation.trace_id
-    for key in REPORT_KEYS:
+    for key in generation.keys:
         key = f"{INFOTEXT} {key}"
         p.extra_generation_params[key] = _infotext_value(generation, key)
+
+
+def pin(p: Any, generation: Generation, pinned: Settings) -> None:
+    """Write the settings into the infotext."""
+    generation.pinned = pinned
+    p.extra_generation_params.update(to_infotext(pinned))
 
 
 def _infotext_value(generation: Generation, key: str) -> Any:
@@ -114,7 +125,8 @@ def _infotext_value(generation: Generation, key: str) -> Any:
 def checkpoint_preset() -> str:
     model = shared.sd_model
     family = "sd1" if getattr(model, "is_sd1", False) else "sd2" if getattr(model, "is_sd2", False) else "other"
-    return preset_for(parameterization=parameterization(), family=family)
+    info = getattr(model, "sd_checkpoint_info", None)
+    return preset_for(parameterization=parameterization(), family=family, sha256=getattr(info, "sha256", None))
 
 
 def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
@@ -126,11 +138,14 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
     second_pass = getattr(p, "is_hr_pass", False)
     if second_pass and not generation.settings.hires:
         return
-    reports = [generation.image(p.iteration, place) for place in range(noise.shape[0])]
+    firsts = [generation.image(p.iteration, place) for place in range(noise.shape[0])]
+    reports = [begin_second(first, generation.settings) for first in firsts] if second_pass else firsts
     empty = EmptyPrompt(p)
     try:
         raise_if_unsupported(generation.settings)
         settings = generation.settings
+        if second_pass:
+            settings = settings_of_second(generation, reports)
         with left_as_it_was(p):
             shared.state.textinfo = "Memnoise: adjusting the noise"
             predictor = make_predictor(
@@ -143,7 +158,9 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
                 empty=empty,
                 as_host=is_measured_first(settings),
             )
-            settings = resolved(generation, noise, predictor.step.t, reports)
+            numbers = calibrated(settings, noise, predictor.step.t, reports)
+            pinned = settings.pinned(checkpoint_preset(), numbers)
+            settings = settings.resolved(checkpoint_preset(), numbers)
             outcome = adjusted(noise, predictor, settings, reports, initial_of(p, predictor))
             hearing = Hearing(p, c, outcome.prompts, reports) if outcome.prompts else None
             if settings.trace == "compare" and not second_pass and not torch.equal(outcome.x, noise):
@@ -154,6 +171,8 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
     except Exception as error:
         fail(p, generation, reports, error)
     else:
+        if not second_pass:
+            pin(p, generation, pinned)  # by now it is known what a calibration has to say
         place(p, generation, noise, outcome.x)
         t = predictor.step.t
         fill_reports(reports, outcome)
@@ -178,9 +197,33 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
             expected_t=t,
             answers=predictor.answers,
             fail_instead=generation.fail_instead,
+            looks_at_first=generation.looks_at_first and not second_pass,
         )
         if generation.fail_instead and outcome.failed:
             fail_sampling(p, RuntimeError(next(iter(outcome.failed.values()))))
+
+
+def begin_second(first: ImageReport, settings: Settings) -> ImageReport:
+    """The report of an image's hires pass, which follows what was decided of the image in the first.
+
+    A score is taken at the first timestep of a sampler: at another one it means nothing beside the same threshold.
+    """
+    first.hires = second = ImageReport(left_alone=first.left_alone)
+    if settings.when == "flagged" and first.threshold is None:
+        second.note("the image was not scored in a first pass, so it counts as memorised")
+    return second
+
+
+def settings_of_second(generation: Generation, reports: list[ImageReport]) -> Settings:
+    """The settings of a hires pass, whose preset is that of the checkpoint it is sampled with.
+
+    Where numbers are given, all of the first pass's hold, as its infotext has them: so it makes the same picture.
+    """
+    settings = generation.pinned or generation.settings
+    if settings.preset != generation.settings.preset and checkpoint_preset() != generation.preset:
+        for report in reports:
+            report.note("some numbers were given, so all are the first pass's, whose checkpoint is of another kind")
+    return replace(settings, when="always")
 
 
 def starts_of(reports: list[ImageReport], settings: Settings) -> list[Start]:
@@ -232,12 +275,16 @@ def compare(
             report.note(f"the noise as drawn could not be traced: {error}")
 
 
-def resolved(generation: Generation, noise: Tensor, t: float, reports: list[ImageReport]) -> Settings:
-    """The settings with their preset's numbers, and those of the checkpoint's calibration."""
-    settings, kind = generation.settings, parameterization()
+def calibrated(settings: Settings, noise: Tensor, t: float, reports: list[ImageReport]) -> dict[str, Any] | None:
+    """The numbers of the checkpoint's calibration, where these settings take any and there is one.
+
+    Raises:
+        Unsupported: there is none, and they cannot do without.
+    """
     by_score = settings.when == "flagged" and settings.threshold is None
-    if not by_score and not settings.follows_calibration(generation.preset):
-        return settings.resolved(generation.preset)
+    follows = settings.preset == "calibrated" or settings.takes_from_calibration(checkpoint_preset()) != ("threshold",)
+    if not by_score and not follows:
+        return None
     height, width = (8 * side for side in noise.shape[-2:])
     known, problem = calibrations.store().load(calibrations.key(t, width, height))
     if known is None and settings.preset == "calibrated":
@@ -250,9 +297,8 @@ def resolved(generation: Generation, noise: Tensor, t: float, reports: list[Imag
                 report.note(problem)
             if known is None:
                 report.note("the threshold is the preset's: the checkpoint is not calibrated at this size and timestep")
-    factor = size_factor(noise[0].numel(), kind)
-    numbers = None if known is None else known.settings(factor, settings.false_positives)
-    return settings.resolved(generation.preset, numbers)
+    factor = size_factor(noise[0].numel(), parameterization())
+    return None if known is None else known.settings(factor, settings.false_positives)
 
 
 def is_measured_first(settings: Settings) -> bool:
@@ -284,12 +330,15 @@ def adjusted(
         assert isinstance(asked, Predictor)
         return run_leanly(x, asked, settings, initial)
 
-    if not is_measured_first(settings):
+    delta: Any = predictor
+    if is_measured_first(settings):
+        choice = choose(noise, predictor, settings, initial)
+        delta = Scored(predictor, choice.known)
+        for i, report in enumerate(reports):
+            report.threshold, report.left_alone = choice.threshold, report.left_alone or i not in choice.images
+    elif not any(report.left_alone for report in reports):
         return way(noise, predictor, initial)
-    choice = choose(noise, predictor, settings, initial)
-    for i, report in enumerate(reports):
-        report.threshold, report.left_alone = choice.threshold, i not in choice.images
-    return run_some(choice.images, noise, Scored(predictor, choice.known), initial, way)
+    return run_some([i for i, report in enumerate(reports) if not report.left_alone], noise, delta, initial, way)
 
 
 def fill_reports(reports: list[ImageReport], outcome: Outcome) -> None:
@@ -393,10 +442,12 @@ def comment(p: Any, batch_number: int) -> None:
         traces.STORE.put(generation.trace_id, traces.document(generation))
     for place, report in enumerate(generation.batch(batch_number)):
         image = batch_number * p.batch_size + place + 1
-        for text in ([f"not mitigated: {report.failed}"] if report.failed else []) + report.notes:
-            p.comment(f"Memnoise, image {image}: {text}.")
-        if getattr(shared.opts, "memnoise_page_note", True) and not report.failed:
-            p.comment(f"Memnoise, image {image}: {summary(generation.settings, report)}.")
+        for number, own in enumerate(report.passes):
+            what = f"Memnoise, image {image}" + (", hires pass" if number else "")
+            for text in ([f"not mitigated: {own.failed}"] if own.failed else []) + own.notes:
+                p.comment(f"{what}: {text}.")
+            if getattr(shared.opts, "memnoise_page_note", True) and not own.failed:
+                p.comment(f"{what}: {summary(generation.settings, own)}.")
 
 
 def summary(settings: Settings, report: ImageReport) -> str:
@@ -420,7 +471,7 @@ def finish(p: Any, processed: Any) -> None:
         return
     places = [divmod(index, p.batch_size) for index in range(len(p.all_seeds or []))]
     reports = [report_infotext(generation.images.get(place, ImageReport())) for place in places]
-    for key in REPORT_KEYS:
+    for key in generation.keys:
         key = f"{INFOTEXT} {key}"
         values = [report[key] for report in reports]
         p.extra_generation_params[key] = values if any(value is not None for value in values) else None

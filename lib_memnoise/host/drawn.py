@@ -82,4 +82,6 @@ def trace_as_drawn(
         rng.nv_rng = kept
     raise_if_interrupted()
     for report, image in zip(reports, images):
-        report.drawn, report.forward_rows = image.trace, report.forward_rows + image.forward_rows
+        report.drawn = image.trace
+        report.forward_rows += image.forward_rows
+        report.looked_rows += image.forward_rows

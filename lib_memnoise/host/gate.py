@@ -74,8 +74,12 @@ class Gate(abc.ABC):
         expected_t: float,
         answers: Answers,
         fail_instead: bool,
+        looks_at_first: bool = False,
     ) -> None:
-        """`exact`: rows are evaluated in the host's own batches also beside images with guidance off."""
+        """`exact`: rows are evaluated in the host's own batches also beside images with guidance off.
+
+        `looks_at_first`: ‖Δ‖ is read in the first step also if nothing is traced.
+        """
         self.p = p
         self.reports = reports
         self.starts = starts
@@ -87,6 +91,7 @@ class Gate(abc.ABC):
         self.expected_t: float | None = expected_t
         self.answers = answers
         self.fail_instead = fail_instead
+        self.looks_at_first = looks_at_first
         self.steps = 0
         self.inner: Any = None
         self.retired = False
@@ -106,6 +111,8 @@ class Gate(abc.ABC):
         self._given: dict[int, Tensor] = {}
         """Outputs of rows that need not be asked for."""
         self._native: dict[int, Tensor] = {}
+        self._looked: set[int] = set()
+        """Rows that are asked for only for the sake of ‖Δ‖."""
         self._heard: list[Row] = []
         """How the prompts' rows are attended to; empty: as usual."""
         self.cond: Cond = None
@@ -254,10 +261,14 @@ class Gate(abc.ABC):
             outputs.update((rows[k], out) for k, out in zip(rest, asked))
         return torch.stack([outputs[row] for row in rows])
 
+    def _reads(self) -> bool:
+        """Whether ‖Δ‖ is wanted of this step's images."""
+        return (self.tracing or (self.looks_at_first and self.steps == 1)) and not self.in_parts
+
     def _ask(self, rows: list[int], x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The host's own network, for these of its rows."""
         out, native = self.evaluate(rows, x, sigma, kwargs)
-        if self.tracing and not self.in_parts and self.step is not None and self.step.known:
+        if self._reads() and self.step is not None and self.step.known:
             self._native.update(zip(rows, native))
             self._trace_guided()
         return out
@@ -274,6 +285,7 @@ class Gate(abc.ABC):
         for row, spared in zip(rows, known):
             if row < len(owners):
                 self.reports[owners[row]].forward_rows += not spared
+                self.reports[owners[row]].looked_rows += row in self._looked and not spared
 
     def _rows_of(self, image: int) -> tuple[list[int], int]:
         """The rows of an image's prompts, and its unconditional row."""
@@ -293,11 +305,12 @@ class Gate(abc.ABC):
         """Evaluate what images without guidance are given, and see whether it starts in this very step."""
         step = self.step
         assert step is not None
-        tracing = self.tracing and not self.in_parts
-        watched = [image for image in images if tracing or self.starts[image].hears]
+        watched = [image for image in images if self._reads() or self.starts[image].hears]
         # Functions put into the network may count on the rows that the host has in a call, and on their order.
         beside = images if network().is_patched() else watched
         prompts = [row for image in beside for row in self._rows_of(image)[0]]
+        if beside is watched:
+            self._looked = {row for image in beside if not self.starts[image].hears for row in self._rows_of(image)[0]}
         others = [self._rows_of(image)[1] for image in images]
         unconditional = self.conditions(select_rows(self.uncond, images), others, unconditional=True)
         conditional = self.conditions(select_rows(self.cond, prompts), prompts, unconditional=False) if prompts else {}
@@ -315,6 +328,7 @@ class Gate(abc.ABC):
             if prompts:
                 outs, natives = ask(prompts, conditional)
             out, native = ask(others, unconditional)
+        self._looked = set()  # what is asked for from here on, the host asks for
 
         for k, image in enumerate(images):
             start, (own, last) = self.starts[image], self._rows_of(image)
@@ -350,6 +364,8 @@ class Gate(abc.ABC):
                 self._record(image, value, True, True)
 
     def _record(self, image: int, value: float, guided: bool, negative: bool) -> None:
+        if self.steps == 1:
+            self.reports[image].sampled = value
         if self.tracing:
             assert self.step is not None
             against = "negative" if negative and not follows_negative(self.p, "empty") else "empty"

@@ -32,7 +32,17 @@ class Unsupported(RuntimeError):
     """What memnoise cannot work with, in one sentence."""
 
 
+def is_stopping() -> bool:
+    """Whether nothing more is to be begun: interrupted, skipped, or asked to stop after the image at hand.
+
+    The page's Interrupt means the latter with the host's default options, where more than one job is to be done.
+    """
+    state = shared.state
+    return bool(state.interrupted or state.skipped or getattr(state, "stopping_generation", False))
+
+
 def raise_if_interrupted() -> None:
+    """Raises `Interrupted`, but not where the image at hand is still to be finished: that is to be mitigated."""
     # A direct call of the network bypasses the host's own check.
     if shared.state.interrupted or shared.state.skipped:
         raise Interrupted

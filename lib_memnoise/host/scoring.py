@@ -25,7 +25,7 @@ from lib_memnoise.host.course import EmptyPrompt, checkpoint_preset, left_as_it_
 from lib_memnoise.host.gradients import first_attempt
 from lib_memnoise.host.network import load_checkpoint, network
 from lib_memnoise.host.predictor import Predictor, make_predictor
-from lib_memnoise.host.refusals import Interrupted, Unsupported
+from lib_memnoise.host.refusals import Interrupted, Unsupported, is_stopping
 from lib_memnoise.host.request import BadRequest, Request
 from lib_memnoise.leanness import Lean, free_memory
 from lib_memnoise.prediction import magnitude
@@ -156,7 +156,7 @@ def run_probe(request: Request, prompts: Sequence[str], seeds: Sequence[int]) ->
     p = make_processing(Probe, request, list(prompts) * (count if len(prompts) == 1 else 1), seeds)
     p.scripts, p.script_args = scripts.ScriptRunner(), []  # none at all: reForge asks it, so that it has to be there
     p.scored, p.wants_words = [], request.words
-    if shared.state.interrupted or shared.state.skipped:
+    if is_stopping():
         raise Stopped("memnoise: interrupted.")
     with no_prompt_history():
         try:

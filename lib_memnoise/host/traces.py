@@ -57,6 +57,7 @@ def document(generation: Generation) -> dict[str, Any]:
                 "transition": report.transition,
                 "points": [asdict(point) for point in report.trace],
                 "drawn": [asdict(point) for point in report.drawn],
+                "hires": [asdict(point) for point in report.hires.trace] if report.hires else [],
             }
             for (batch, place), report in sorted(generation.images.items())
         ],
@@ -75,7 +76,7 @@ def save(generation: Generation, pictures: Sequence[Image.Image], batch_size: in
     of_place = {(image["batch"], image["place"]): image for image in traced["images"]}
     for number, picture in enumerate(pictures):
         image, name = of_place.get(divmod(number, batch_size)), getattr(picture, "already_saved_as", None)
-        if image is None or not name or not (image["points"] or image["drawn"]):
+        if image is None or not name or not (image["points"] or image["drawn"] or image["hires"]):
             continue
         own = {**traced, "images": [image]}
         with replacing(Path(name).with_suffix(".memnoise.json")) as partial:

@@ -149,17 +149,24 @@ def hints() -> str:
     return "".join(lines)
 
 
+AUTO = (("sd1_like", "SD 1.x"), ("sd2_v_like", "SD 2.x v"), ("relative", "others"))
+"""What "auto" stands for, and how it is called."""
+PUBLISHED_FOR = (("sd1", "SD 1.4's own file"), ("sd2_v", "SD 2.0 v's"))
+
+
+def differs(preset: str, method: str) -> bool:
+    """Whether a published target is another than that of checkpoints of the kind."""
+    return preset_line(preset, method) != preset_line(f"{preset}_like", method)
+
+
 def preset_line(preset: str, method: str) -> str:
     if preset == "custom":
         own = preset_line("sd1", method)
         return own and f"SD 1.x has {own}"
     if preset == "auto":
-        lines = [
-            f"{label}: {preset_line(key, method)}"
-            for key, label in (("sd1", "SD 1.x"), ("sd2_v", "SD 2.x v"), ("relative", "others"))
-            if preset_line(key, method)
-        ]
-        return "; ".join(lines)
+        lines = [f"{label}: {preset_line(key, method)}" for key, label in AUTO if preset_line(key, method)]
+        known = [label for key, label in PUBLISHED_FOR if differs(key, method)]
+        return "; ".join(lines) + (f"; on {' and '.join(known)}, the published targets" if known else "")
     values = preset_values(preset, method)
     names = [name for name in SPECS if SPECS[name].preset and is_used(name, {"method": method})]
     return ", ".join(

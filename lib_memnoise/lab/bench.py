@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 CFG = 7.0
 STEPS = 50
-PRESETS = {"eps": "sd1", "v": "sd2_v"}
+PRESETS = {"eps": "sd1_like", "v": "sd2_v_like"}
 """The settings' preset for each variant of the miniature, as the WebUI chooses it."""
 PER_SAMPLE = Settings(enabled=True, method="per_sample", lr=0.02, target=0.25, target_kind="fraction")
 """Chosen on prompts that are not held out, on the weights before the last 4,000 steps: to half of the first ‖Δ‖ two

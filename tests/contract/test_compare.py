@@ -50,7 +50,7 @@ def test_pictures_and_numbers_are_the_generations_own(studio: Studio) -> None:
         assert cell["settings"] == settings[row] and cell["seed"] == 7 + image and cell["failed"] is None
         # with guidance off, looking at the score evaluates other rows beside it
         assert close(decoded(cell["picture"]), alone[row].pictures[image]) <= (ROUNDING if row == 1 else 0)
-        assert cell["rows"] >= alone[row].number("rows", image)
+        assert cell["rows"] == alone[row].number("rows", image)
     plain = answer["images"][:2]
     assert plain[1]["similarity"] == pytest.approx(1, abs=1e-4) and plain[0]["similarity"] < 0.999
     scored = score(studio, prompt=PROMPT, seeds=[7, 8])["images"]
@@ -78,6 +78,28 @@ def test_every_method_by_its_preset(studio: Studio) -> None:
     answer = compare(studio, methods=list(METHODS), seeds=[7], steps=4)
     assert [cell["method"] for cell in answer["images"]] == list(METHODS)
     assert all(cell["failed"] is None and cell["score"] > 0 and cell["similarity"] is None for cell in answer["images"])
+
+
+def test_rows_are_the_methods_own(studio: Studio) -> None:
+    """Looking at the score costs nothing that is told, nor is anything traced beside it."""
+    methods: list[dict[str, Any]] = [
+        {"method": "none"},
+        {"method": "static"},
+        {"method": "batch_wise"},
+        {"method": "dynamic", "latest": 500},
+        {"method": "opposite_guidance"},
+        {"method": "static", "tau": 500, "trace": "on"},
+        {"method": "batch_wise", "trace": "compare"},
+    ]
+    for sampler in ("DDIM", "Euler"):
+        answer = compare(studio, methods=methods, seeds=[7], steps=20, sampler_name=sampler, negative_prompt="blurry")
+        for cell in answer["images"]:
+            settings = {name: value for name, value in cell["settings"].items() if name != "trace"}
+            alone = studio.run(settings, steps=20, sampler_name=sampler, negative_prompt="blurry")
+            assert cell["rows"] == alone.number("rows"), settings
+            assert cell["score"] > 0
+    rows = [cell["rows"] for cell in compare(studio, methods=methods[:3], seeds=[7], steps=20)["images"]]
+    assert rows == [38, 33, 44]
 
 
 def test_a_method_that_fails_costs_its_own_row_alone(studio: Studio) -> None:
@@ -222,3 +244,25 @@ def test_it_can_be_interrupted(studio: Studio) -> None:
         answer["stopped"] and len(answer["images"]) < 60
     )
     assert studio.run().pictures[0].std() > 0
+
+
+def test_it_stops_after_the_picture_at_hand(studio: Studio) -> None:
+    """The page's Interrupt, with the host's default options, asks to stop once the picture at hand is finished."""
+    if studio.is_real:
+        pytest.skip("its API has no such interrupt; see test_page")
+    from modules import shared
+
+    answers: list[Any] = []
+    body = {**SMALL, "prompt": PROMPT, "methods": ["batch_wise"] * 60, "seeds": [7]}
+    asking = threading.Thread(target=lambda: answers.append(post(studio, "compare", body)))
+    asking.start()
+    while asking.is_alive() and shared.state.job_no < 2:
+        asking.join(0.01)
+    while asking.is_alive():
+        shared.state.stop_generating()
+        asking.join(0.05)
+    status, answer = answers[0]
+    assert status == 200 and answer["stopped"] and 2 <= len(answer["images"]) < 60
+    # what there is, is whole: the picture at hand was mitigated and sampled to its end
+    assert len({cell["picture"] for cell in answer["images"]}) == 1 and answer["images"][0]["picture"]
+    assert len({cell["rows"] for cell in answer["images"]}) == 1 and answer["images"][0]["rows"] > 0

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.contract.conftest import ROUNDING, Studio, close
+from tests.contract.conftest import ROUNDING, Run, Studio, close
 
 SAMPLERS = (
     "DDIM", "DDIM CFG++", "PLMS", "UniPC", "Euler", "Euler a", "LMS", "Heun", "DPM2", "DPM2 a", "DPM++ 2S a",
@@ -250,3 +250,86 @@ def test_off_is_as_if_it_were_not_there(studio: Studio) -> None:
 def test_sizes_scale_what_takes_effect(studio: Studio) -> None:
     assert "rho=6.25 " in (studio.run({}).read("Memnoise used") or "")
     assert "rho=12.5 " in (studio.run({}, width=128, height=128).read("Memnoise used") or "")
+
+
+HIRES: dict[str, Any] = {
+    "enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.7, "steps": 8
+}  # fmt: skip
+
+
+def timestep(run: Run, key: str, image: int = 0) -> float:
+    used = run.read(f"Memnoise {key}", image)
+    assert used is not None, run.infotexts
+    return float(used.split("T=")[1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": "per_sample", "target": 0.8, "target_kind": "fraction"},
+        {"method": "noise_selection"},
+        {"method": "none"},
+    ],
+    ids=lambda settings: settings.get("method", "batch_wise"),
+)
+def test_each_pass_tells_of_itself(studio: Studio, settings: dict[str, Any]) -> None:
+    """What is told of the first pass is the same whether the second is adjusted or not."""
+    first = studio.run(settings, **HIRES, batch_size=2)
+    both = studio.run({**settings, "hires": True}, **HIRES, batch_size=2)
+    for image in range(2):
+        for key in ("used", "magnitude", "magnitude after", "steps taken", "norm"):
+            assert both.read(f"Memnoise {key}", image) == first.read(f"Memnoise {key}", image), key
+            assert first.read(f"Memnoise hires {key}", image) is None
+        assert both.number("hires magnitude", image) != pytest.approx(both.number("magnitude", image), rel=1e-3)
+        # rows are those of both passes
+        assert both.number("rows", image) > first.number("rows", image)
+        assert both.read("Memnoise hires failed", image) is None and both.read("Memnoise failed", image) is None
+        assert timestep(both, "used", image) == 876 and timestep(both, "hires used", image) < 876
+        for key in ("hires magnitude after", "hires steps taken"):
+            known = first.read(f"Memnoise {key.removeprefix('hires ')}", image) is not None
+            assert (both.read(f"Memnoise {key}", image) is not None) == known
+    assert both.info["extra_generation_params"]["Memnoise hires magnitude"] == [
+        both.read("Memnoise hires magnitude", image) for image in range(2)
+    ]
+
+
+def test_a_hires_pass_has_its_own_checkpoints_preset(studio: Studio) -> None:
+    other = {**HIRES, "hr_checkpoint_name": "sd2-v.safetensors"}
+    run = studio.run({"hires": True}, **other)
+    assert (run.read("Memnoise used") or "").startswith("gamma=0.7 rho=6.25 steps=2 tau=900 ")
+    used = run.read("Memnoise hires used") or ""
+    assert used.startswith("gamma=0.0479 rho=5 steps=4 tau=917.449 "), used
+    assert run.read("Memnoise hires failed") is None
+    # and the other way round
+    studio.host.load("sd2-v")
+    back = studio.run({"hires": True}, **{**HIRES, "hr_checkpoint_name": "sd1.safetensors"})
+    assert (back.read("Memnoise used") or "").startswith("gamma=0.0479 ")
+    assert (back.read("Memnoise hires used") or "").startswith("gamma=0.7 rho=12.5 steps=2 tau=900 ")
+    studio.host.load("sd1")
+
+    # Where a number is given all are written down, and hold in both passes: so the infotext makes the same picture.
+    given = studio.run({"hires": True, "tau": 500}, **other)
+    assert (given.read("Memnoise hires used") or "").startswith("gamma=0.7 rho=8.33333 steps=2 tau=500 ")
+    assert "hires pass: some numbers were given" in (given.read("Memnoise note") or "")
+    custom = {"preset": "custom", "gamma": 0.7, "rho": 50, "steps": 2, "tau": 500, "hires": True}
+    assert same(studio.run(custom, **other), given)
+
+
+def test_a_hires_pass_follows_the_first_ones_decision(studio: Studio) -> None:
+    payload = {**HIRES, "batch_size": 4}
+    every = studio.run({"hires": True}, **payload)
+    scores = [every.number("magnitude", image) for image in range(4)]
+    later = [every.number("hires magnitude", image) for image in range(4)]
+    low, high = sorted(scores)[1:3]
+    threshold = (low + high) / 2
+    # the scores of the second pass are of another kind: by them, other images would be flagged
+    assert [value > threshold for value in scores] != [value / 2 > threshold for value in later]
+    settings = {"hires": True, "when": "flagged", "threshold": threshold / 0.125}  # scaled to the size
+    run, plain = studio.run(settings, **payload), studio.run(**payload)
+    for image, value in enumerate(scores):
+        flagged = value > threshold
+        assert run.read("Memnoise mitigated", image) == str(flagged)
+        assert (run.read("Memnoise hires used", image) is not None) == flagged
+        expected = every if flagged else plain
+        assert close(run.pictures[image], expected.pictures[image]) <= ROUNDING

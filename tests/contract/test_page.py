@@ -455,6 +455,22 @@ def test_calibrating_can_be_interrupted(page: HostPage) -> None:
     expect(page.page.locator("#txt2img_interrupt")).not_to_be_visible()
 
 
+def test_a_comparison_can_be_stopped(page: HostPage) -> None:
+    """One click stops after the picture at hand, as the host's default options have it."""
+    if not page.is_real:
+        pytest.skip("the double's page has no Interrupt")
+    page.paste(PICTURE.replace("64x64", "256x256"))  # takes its time
+    expect(page.page.locator("#txt2img_width input[type=number]")).to_have_value("256")
+    page.open()
+    page.control("comparison").locator(".label-wrap").click()
+    with page.answered("task("):
+        page.control("compare").click()
+        expect(page.control("enabled").locator(".progressDiv")).to_be_visible()
+        page.page.locator("#txt2img_interrupt").click()
+    expect(verdict(page)).to_contain_text("Interrupted: the other methods are missing.")
+    expect(page.control("grid").locator("img")).to_be_visible()
+
+
 def test_the_page_is_loaded_again_from_within(page: HostPage, running: Any) -> None:
     if not page.is_real:
         pytest.skip("the double's page has no Reload UI")
