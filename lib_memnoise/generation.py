@@ -41,6 +41,8 @@ class ImageReport:
     """Why the image was generated without mitigation."""
     threshold: float | None = None
     """The score above which an image is mitigated, where only such images are."""
+    calibration: str | None = None
+    """The calibration that numbers come from."""
     left_alone: bool = False
     """Not mitigated, because its score is not above the threshold."""
     prompt: str | None = None
@@ -57,8 +59,8 @@ class ImageReport:
 
 
 REPORT_KEYS = (
-    "used", "prompt", "magnitude", "magnitude after", "mitigated", "steps taken", "norm", "transition at", "rows",
-    "backward rows", "note", "failed",
+    "used", "prompt", "magnitude", "magnitude after", "mitigated", "calibration", "steps taken", "norm",
+    "transition at", "rows", "backward rows", "note", "failed",
 )  # fmt: skip
 
 
@@ -70,6 +72,8 @@ class Generation:
     preset: str = "sd1"
     """What "auto" stands for on the loaded checkpoint."""
     fail_instead: bool = False
+    remarks: list[str] = field(default_factory=list)
+    """Notes for all images."""
     trace_id: str | None = None
     """By which the traces of its images are found."""
     images: dict[tuple[int, int], ImageReport] = field(default_factory=dict)
@@ -95,6 +99,7 @@ def report_infotext(report: ImageReport) -> dict[str, str | int | None]:
         _number(report.before),
         _number(report.after),
         None if report.threshold is None else str(not report.left_alone),
+        report.calibration,
         report.steps,
         _number(report.norm, 6),
         _number(report.transition),

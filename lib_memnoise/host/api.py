@@ -10,7 +10,6 @@ from fastapi import Body, HTTPException
 from modules import call_queue, devices, shared
 
 from lib_memnoise import __version__
-from lib_memnoise.calibration import ordinary_prompts
 from lib_memnoise.host import calibrations, scoring
 from lib_memnoise.host.network import load_checkpoint, loads_late, network
 from lib_memnoise.host.traces import STORE
@@ -39,11 +38,12 @@ def score(body: Any = Body(...)) -> Any:  # noqa: B008
 
 def calibrate(body: Any = Body(default={})) -> Any:  # noqa: B008
     """`POST /memnoise/v1/calibrate`: score ordinary prompts on the loaded checkpoint, and keep that."""
+    from lib_memnoise.host import calibrating
 
     def run() -> Any:
-        request = scoring.parse({"prompts": ordinary_prompts(), **body} if isinstance(body, dict) else body)
+        request = calibrating.parse(body)
         with scoring.queued("memnoise-calibration"):
-            return scoring.summary(scoring.calibrate(request))
+            return calibrating.answer(*request)
 
     return answered(run)
 

@@ -19,6 +19,7 @@ import torch
 from modules import devices, errors, shared
 from torch import Tensor
 
+from lib_memnoise.calibration import Calibration
 from lib_memnoise.generation import REPORT_KEYS, Generation, ImageReport, report_infotext
 from lib_memnoise.guidance import ALWAYS, Start, make_start
 from lib_memnoise.host import calibrations, traces, words
@@ -30,7 +31,7 @@ from lib_memnoise.host.gradients import run_leanly
 from lib_memnoise.host.hearing import Hearing
 from lib_memnoise.host.network import network
 from lib_memnoise.host.predictor import Predictor, empty_prompt, make_predictor
-from lib_memnoise.host.refusals import Interrupted, Unsupported, fails, keep_failed_cells, loses_errors
+from lib_memnoise.host.refusals import Interrupted, NotCalibrated, Unsupported, fails, keep_failed_cells, loses_errors
 from lib_memnoise.host.rows import Cond
 from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations import METHODS
@@ -99,6 +100,10 @@ def describe(p: Any) -> None:
     for key in REPORT_KEYS:
         key = f"{INFOTEXT} {key}"
         p.extra_generation_params[key] = _infotext_value(generation, key)
+    if generation.settings.is_by_score or generation.settings.preset == "calibrated":
+        from lib_memnoise.host import calibrating
+
+        calibrating.prepare(p, generation)
 
 
 def _infotext_value(generation: Generation, key: str) -> Any:
@@ -235,24 +240,34 @@ def compare(
 def resolved(generation: Generation, noise: Tensor, t: float, reports: list[ImageReport]) -> Settings:
     """The settings with their preset's numbers, and those of the checkpoint's calibration."""
     settings, kind = generation.settings, parameterization()
-    by_score = settings.when == "flagged" and settings.threshold is None
-    if not by_score and not settings.follows_calibration(generation.preset):
+    if not settings.is_by_score and not settings.follows_calibration(generation.preset):
         return settings.resolved(generation.preset)
     height, width = (8 * side for side in noise.shape[-2:])
-    known, problem = calibrations.store().load(calibrations.key(t, width, height))
+    known, notes = calibrations.store().nearest(calibrations.key(t, width, height))
+    where = f"at {width}x{height} and first timestep {t:g}"
     if known is None and settings.preset == "calibrated":
-        raise Unsupported(
-            f"the preset calibrated needs a calibration of this checkpoint at {width}x{height} and timestep {t:g}"
-        )
-    if by_score:
-        for report in reports:
-            if problem:
-                report.note(problem)
-            if known is None:
-                report.note("the threshold is the preset's: the checkpoint is not calibrated at this size and timestep")
+        raise NotCalibrated(f"the preset calibrated needs a calibration of this checkpoint {where}")
+    notes = [*generation.remarks, *notes]
+    if settings.is_by_score:
+        notes += doubts(known, settings, where)
+    for report in reports:
+        report.calibration = None if known is None else str(known)
+        for text in notes:
+            report.note(text)
     factor = size_factor(noise[0].numel(), kind)
     numbers = None if known is None else known.settings(factor, settings.false_positives)
     return settings.resolved(generation.preset, numbers)
+
+
+def doubts(known: Calibration | None, settings: Settings, where: str) -> list[str]:
+    """What keeps a calibration from telling which images are memorised."""
+    if known is None:
+        return [
+            f"the checkpoint is not calibrated {where}: memorised or not cannot be told, so that every image counts as "
+            "memorised"
+        ]
+    promise = known.promise(settings.false_positives)
+    return [str(promise)] if not promise.is_kept else []
 
 
 def is_measured_first(settings: Settings) -> bool:
@@ -319,7 +334,7 @@ def fail(p: Any, generation: Generation, reports: list[ImageReport], error: Exce
         if not report.left_alone:
             report.failed = reason
     devices.torch_gc()
-    if generation.fail_instead:
+    if generation.fail_instead or isinstance(error, NotCalibrated):
         fail_sampling(p, RuntimeError(f"memnoise: {reason}"))
 
 
@@ -366,7 +381,7 @@ def left_as_it_was(p: Any) -> Iterator[None]:
     An inpainting checkpoint draws from the global generator when its blank image is encoded, and asking a
     sampler for its schedule writes infotext keys.
     """
-    params = dict(p.extra_generation_params)
+    params, said = dict(p.extra_generation_params), shared.state.textinfo
     device = devices.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
@@ -374,7 +389,7 @@ def left_as_it_was(p: Any) -> Iterator[None]:
         finally:
             p.extra_generation_params.clear()
             p.extra_generation_params.update(params)
-            shared.state.textinfo = None
+            shared.state.textinfo = said
 
 
 def on_cfg_denoiser(params: Any) -> None:

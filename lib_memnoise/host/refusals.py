@@ -20,6 +20,10 @@ class Unsupported(RuntimeError):
     """What memnoise cannot work with, in one sentence."""
 
 
+class NotCalibrated(Unsupported):
+    """A generation goes by a calibration that there is not."""
+
+
 def raise_if_interrupted() -> None:
     # A direct call of the network bypasses the host's own check.
     if shared.state.interrupted or shared.state.skipped:
