@@ -189,6 +189,14 @@ def score_miniature(arguments: argparse.Namespace) -> None:
             for record in records:
                 print(f"{sum(record['scores']) / len(record['scores']):9.4f}  {record['prompt']}")
         return
+    if arguments.timesteps:
+        from lib_memnoise.lab import timesteps
+
+        with tqdm(total=arguments.ordinary, unit="prompt", leave=False) as bar:
+            along = timesteps.scores(model, arguments.ordinary, seed=seed, progress=bar.update)
+        text = timesteps.report(along)
+        print(json.dumps(timesteps.documents(along), indent=2) if arguments.json else text)
+        return
     plan = Plan(images=arguments.images, ordinary=arguments.ordinary)
     with tqdm(total=plan.total, unit="score", leave=False) as bar:
         lines = detect(model, plan, seed=seed, progress=bar.update)
@@ -413,6 +421,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--images", type=counts, default=16, help="of each memorised prompt (default: 16)")
     command.add_argument("--ordinary", type=whole_number(20, 100_000), default=500, help="(default: 500)")
     command.add_argument("--variant", choices=("eps", "v"), default="eps", help="of the miniature (default: eps)")
+    command.add_argument(
+        "--timesteps",
+        action="store_true",
+        help="miniature: false positives of ordinary prompts by a threshold of another first timestep",
+    )
     command.add_argument("--threads", **threads)
 
     command = add(
