@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lib_memnoise.__main__ import main
-from lib_memnoise.lab import detection
+from lib_memnoise.calibration import TOLERANCE
+from lib_memnoise.lab import detection, timesteps
 from lib_memnoise.lab.bench import FirstDelta, make_network, noises
 from lib_memnoise.lab.detection import (
     MOST,
@@ -101,3 +102,23 @@ def test_ordinary_images_are_left_alone() -> None:
     assert found.images == 8 and found.unflagged_batches >= 1
     assert found.identical == 4 * found.unflagged_batches and found.extra_rows == 0
     assert "bit-identical" in left_alone_text(found)
+
+
+def test_a_threshold_of_another_timestep(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["score", "--timesteps", "--ordinary", "32", "--json", "--threads", "1"])
+    found = {
+        (one["calibrated_at"], one["scored_at"]): one["false_positives"] for one in json.loads(capsys.readouterr().out)
+    }
+    assert len(found) == len(timesteps.TIMESTEPS) ** 2
+    for t in timesteps.TIMESTEPS:
+        assert found[t, t] == 1 / 32  # the 99 % quantile lies below the largest one
+    near = [share for (t, other), share in found.items() if abs(t - other) <= TOLERANCE]
+    far = [share for (t, other), share in found.items() if abs(t - other) > 200]
+    assert max(near) < max(far)
+
+
+def test_false_positives_by_another_threshold() -> None:
+    scores = np.stack([np.arange(1.0, 101.0), np.arange(51.0, 151.0)])
+    assert timesteps.false_positives(scores, 0.1).tolist() == [[0.1, 0.6], [0.0, 0.1]]
+    text = timesteps.report(scores, [981, 741])
+    assert "* " in text and "100 ordinary prompts" in text

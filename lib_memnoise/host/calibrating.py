@@ -94,6 +94,8 @@ def prepare(p: Any, generation: Generation) -> None:
     refused. If calibrating fails so does the request; if it is interrupted so is the request.
     """
     is_preset = generation.settings.preset == "calibrated"
+    if generation.settings.reference == "negative" and any(p.all_negative_prompts):
+        generation.remarks.append("scores are against the negative prompt, the calibration's against the empty one")
     try:
         raise_if_unsupported(generation.settings)
         calibrate_for(p, generation)

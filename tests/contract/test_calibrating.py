@@ -305,6 +305,12 @@ def test_a_rate_that_cannot_be_promised_is_said(studio: Studio) -> None:
     assert "cannot promise less than 0.83 %, it takes 999" in note
 
 
+def test_scores_against_the_negative_prompt_are_others(studio: Studio) -> None:
+    for negative, told in (("blurry", True), ("", False)):
+        run = studio.run({**FLAGGED, "reference": "negative"}, negative_prompt=negative)
+        assert ("scores are against the negative prompt" in (run.read("Memnoise note") or "")) is told
+
+
 # With other prompts
 
 
