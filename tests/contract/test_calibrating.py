@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from tests.contract.conftest import ROUNDING, Studio, close
 from tests.contract.test_generation import same
 from tests.contract.test_img2img import payload as img2img
 from tests.contract.test_requests import plot
-from tests.contract.test_scores import SMALL, post, score
+from tests.contract.test_scores import SMALL, forget, kept_in, listed, post, score
 
 FLAGGED = {"when": "flagged"}
 CALIBRATED = {"preset": "calibrated"}
@@ -28,20 +27,9 @@ CALIBRATED = {"preset": "calibrated"}
 
 @pytest.fixture(autouse=True)
 def uncalibrated(studio: Studio) -> Iterator[None]:
-    studio.host.get("/memnoise/v1/calibrations")  # the double that is meant is the one at work
     forget(studio)
     yield
     forget(studio)
-
-
-def forget(studio: Studio) -> None:
-    data = studio.host.data if studio.is_real else Path(sys.modules["modules.paths"].data_path)
-    for path in (data / "memnoise" / "calibrations").glob("*"):
-        path.unlink()
-
-
-def calibrations(studio: Studio) -> list[dict[str, Any]]:
-    return list(studio.host.get("/memnoise/v1/calibrations").json())
 
 
 def calibrate(studio: Studio, **body: Any) -> dict[str, Any]:
@@ -69,14 +57,14 @@ def test_a_generation_calibrates_first_and_is_the_same(
 ) -> None:
     with studio.options(options):
         first = studio.run(settings, **payload)
-        (made,) = calibrations(studio)
+        (made,) = listed(studio)
         assert (made["count"], made["source"], made["width"]) == (ORDINARY, "built-in", 64)
         second = studio.run(settings, **payload)
         assert same(first, second) and first.infotexts == second.infotexts
         assert (
             first.read("Memnoise calibration") == made["text"] == f"120 built-in prompts at timestep {made['timestep']}"
         )
-        assert calibrations(studio) == [made]
+        assert listed(studio) == [made]
         plain = studio.run(**payload)
         for image in range(first.count):
             assert first.read("Memnoise failed", image) is None
@@ -96,14 +84,14 @@ def test_calibrating_costs_its_rows_once(studio: Studio) -> None:
 
 def test_a_plot_calibrates_once(studio: Studio) -> None:
     answer = plot(studio, ("Seed", "1,2,3"), args=[True, FLAGGED])
-    assert answer.status == 200 and len(calibrations(studio)) == 1
+    assert answer.status == 200 and len(listed(studio)) == 1
     if not studio.is_real:
         assert sum(call.rows for call in studio.host.calls) < 2 * ORDINARY + 3 * 2 * 10
 
 
 def test_a_threshold_of_the_users_needs_none(studio: Studio) -> None:
     run = studio.run({**FLAGGED, "threshold": 1000})
-    assert run.read("Memnoise mitigated") == "False" and calibrations(studio) == []
+    assert run.read("Memnoise mitigated") == "False" and listed(studio) == []
     assert run.read("Memnoise calibration") is None
 
 
@@ -159,7 +147,7 @@ def test_an_interrupt_while_calibrating_ends_the_request(studio: Studio, setting
     finally:
         answered.set()
         stop.join()
-    assert answer.status == 200 and answer.images == [] and calibrations(studio) == []
+    assert answer.status == 200 and answer.images == [] and listed(studio) == []
     assert studio.run(settings).read("Memnoise calibration") is not None
 
 
@@ -200,7 +188,7 @@ def test_a_failure_while_calibrating_fails_the_request(
     trouble(error)
     answer = studio.answer([True, settings])
     assert answer.status == 500 and words in answer.detail and answer.images == []
-    assert calibrations(studio) == [] and studio.run().images
+    assert listed(studio) == [] and studio.run().images
 
 
 def test_a_skip_while_calibrating_skips_that_alone(studio: Studio, trouble: Trouble) -> None:
@@ -224,11 +212,11 @@ def test_img2img_goes_by_a_calibration_or_mitigates(studio: Studio) -> None:
     run, always = studio.run(FLAGGED, **far), studio.run({}, **far)
     assert close(run.pictures[0], always.pictures[0]) <= ROUNDING and run.read("Memnoise used") is not None
     assert run.read("Memnoise magnitude") is not None and run.read("Memnoise mitigated") is None
-    assert "every image counts as memorised" in (run.read("Memnoise note") or "") and calibrations(studio) == []
+    assert "every image counts as memorised" in (run.read("Memnoise note") or "") and listed(studio) == []
     answer = studio.answer([True, CALIBRATED], **far)
     assert answer.status == 422 and "preset calibrated cannot be used here: the checkpoint is not" in answer.detail
     assert studio.run(FLAGGED, **near).read("Memnoise mitigated") in ("True", "False")
-    assert len(calibrations(studio)) == 1
+    assert len(listed(studio)) == 1
     assert studio.run(CALIBRATED, **near).read("Memnoise failed") is None
 
 
@@ -238,7 +226,7 @@ HIRES = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_s
 def test_a_hires_pass_goes_by_a_calibration_or_mitigates(studio: Studio) -> None:
     run, always = studio.run({**FLAGGED, "hires": True}, **HIRES), studio.run({"hires": True}, **HIRES)
     assert run.read("Memnoise calibration") is None and "128x128" in (run.read("Memnoise note") or "")
-    assert len(calibrations(studio)) == 1 and always.images
+    assert len(listed(studio)) == 1 and always.images
     answer = studio.answer([True, {**CALIBRATED, "hires": True}], **HIRES)
     assert answer.status == 422 and "hires pass at 128x128" in answer.detail
     assert studio.run(CALIBRATED, **HIRES).read("Memnoise failed") is None
@@ -267,21 +255,20 @@ def test_a_calibration_serves_at_near_timesteps(studio: Studio) -> None:
         assert found["calibration"]["timestep"] == 951
         flagged = found["images"][0]["flagged"]
         assert run.read("Memnoise mitigated") == str(flagged)
-    assert len(calibrations(studio)) == 1
+    assert len(listed(studio)) == 1
     studio.run(FLAGGED, steps=8)
-    assert {made["timestep"] for made in calibrations(studio)} == {951, 876}
+    assert {made["timestep"] for made in listed(studio)} == {951, 876}
     studio.run(FLAGGED, steps=20, width=128)
-    assert len(calibrations(studio)) == 3
+    assert len(listed(studio)) == 3
 
 
 def test_a_damaged_calibration_is_made_again_and_said(studio: Studio) -> None:
     calibrate(studio)
-    data = studio.host.data if studio.is_real else Path(sys.modules["modules.paths"].data_path)
-    (path,) = (data / "memnoise" / "calibrations").glob("*.json")
+    (path,) = kept_in(studio).glob("*.json")
     path.write_text("{")
     run = studio.run(FLAGGED)
     assert "damaged" in (run.read("Memnoise note") or "") and run.read("Memnoise mitigated") in ("True", "False")
-    assert len(calibrations(studio)) == 1
+    assert len(listed(studio)) == 1
 
 
 # Without one
@@ -321,7 +308,7 @@ def test_own_prompts(studio: Studio) -> None:
     assert made["text"] == "25 prompts of the user's own at timestep 876"
     assert "cannot promise less than 3.8 %" in made["promise"] and made["false_positives_95"][1] > 0.1
     assert "if one of these is memorised" in made["notes"][-1] and "red balloons" in made["notes"][-1]
-    assert calibrations(studio) == [{name: value for name, value in made.items() if name != "notes"}]
+    assert listed(studio) == [{name: value for name, value in made.items() if name != "notes"}]
 
 
 def test_prompts_of_several_lengths_score_as_each_alone(studio: Studio) -> None:
@@ -351,39 +338,36 @@ def test_bad_sources(studio: Studio, body: Any, words: str) -> None:
     assert status == 422 and words in answer["detail"], answer
 
 
-def save(folder: Path, prompt: str, more: str = "", ending: str = "png") -> None:
+def save(folder: Path, prompt: str, more: str = "") -> None:
     """A picture as the host saves it."""
     folder.mkdir(exist_ok=True)
+    info = PngInfo()
     text = f"{prompt}\nNegative prompt: blurry\nSteps: 8, Sampler: DDIM, CFG scale: 6, Seed: 7, Size: 64x64{more}"
-    path = folder / f"{len(list(folder.iterdir())):05}.{ending}"
-    image = Image.new("RGB", (8, 8))
-    if ending == "png":
-        info = PngInfo()
-        info.add_text("parameters", text)
-        image.save(path, pnginfo=info)
-        return
-    exif = image.getexif()
-    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
-    image.save(path, exif=exif)
+    info.add_text("parameters", text)
+    Image.new("RGB", (8, 8)).save(folder / f"{len(list(folder.iterdir())):05}.png", pnginfo=info)
 
 
 def test_prompts_of_recent_pictures(studio: Studio, tmp_path: Path) -> None:
-    endings = ("png", "jpg", "webp") if studio.is_real else ("png",)  # the double reads no others
     with studio.options({"outdir_txt2img_samples": str(tmp_path)}):
         status, answer = post(studio, "calibrate", {**SMALL, "source": "recent"})
         assert status == 422 and "0 pictures" in answer["detail"], answer
         for k in range(24):
-            save(tmp_path / f"{k % 2}", f"a fox, with {k} balloons<lora:tilt:1>", ending=endings[k % len(endings)])
+            save(tmp_path / f"{k % 2}", f"a fox, with {k} balloons<lora:tilt:1>")
             save(tmp_path / "again", "a fox, with 3 balloons", ", Memnoise: batch_wise, Memnoise magnitude: 0.1")
         for k in range(4):
             save(tmp_path / "0", f"a memorised fox {k}", ", Memnoise: batch_wise, Memnoise mitigated: True")
         (tmp_path / "broken.png").write_bytes(b"\x89PNG")
         Image.new("RGB", (8, 8)).save(tmp_path / "nothing.png")
+        # The double saves none.
+        for ending in ("jpg", "webp") if studio.is_real else ():
+            with studio.options({"samples_save": True, "samples_format": ending}):
+                studio.run(prompt=f"a fox as {ending}", save_images=True)
         made = calibrate(studio, source="recent")
-    assert (made["source"], made["count"]) == ("recent", 24)
-    assert made["notes"][0] == f"52 pictures of {tmp_path} have 24 different prompts"
+    more = 2 if studio.is_real else 0
+    assert (made["source"], made["count"]) == ("recent", 24 + more)
+    assert made["notes"][0] == f"{52 + more} pictures of {tmp_path} have {24 + more} different prompts"
     assert made["notes"][1] == "4 pictures are left out that were flagged as memorised"
     assert "balloons" in made["notes"][2] and "lora" not in made["notes"][2]
-    assert made["promise"] == calibrations(studio)[0]["promise"]
+    assert made["promise"] == listed(studio)[0]["promise"]
     expected = calibrate(studio, prompts=ordinary_prompts(20))
-    assert expected["source"] == "own" and len(calibrations(studio)) == 1
+    assert expected["source"] == "own" and len(listed(studio)) == 1

@@ -11,7 +11,7 @@ import pytest
 from lib_memnoise import __version__
 from lib_memnoise.__main__ import main
 from tests.contract.conftest import Studio, open_host
-from tests.contract.test_scores import score
+from tests.contract.test_scores import forget, score
 from tests.test_command_line import refusal
 
 GIVEN = ("--width", "64", "--height", "64", "--steps", "8", "--cfg", "6", "--sampler", "DDIM")
@@ -24,6 +24,7 @@ def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def test_score(studio: Studio, address: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = ("score", "a fox", "a cat", "--url", address, *GIVEN, "--seed", "7", "--seed", "8")
+    forget(studio)
     expected = score(studio, prompts=["a fox", "a cat"], seeds=[7, 8])
     found = json.loads(said(capsys, *command, "--json"))
     assert [image["seed"] for image in found["images"]] == [7, 8, 7, 8]
