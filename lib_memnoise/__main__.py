@@ -194,8 +194,10 @@ def score_miniature(arguments: argparse.Namespace) -> None:
 
         with tqdm(total=arguments.ordinary, unit="prompt", leave=False) as bar:
             along = timesteps.scores(model, arguments.ordinary, seed=seed, progress=bar.update)
-        text = timesteps.report(along)
-        print(json.dumps(timesteps.documents(along), indent=2) if arguments.json else text)
+        if arguments.json:
+            print(json.dumps(timesteps.documents(along, arguments.variant), indent=2))
+        else:
+            print(timesteps.report(along, arguments.variant))
         return
     plan = Plan(images=arguments.images, ordinary=arguments.ordinary)
     with tqdm(total=plan.total, unit="score", leave=False) as bar:

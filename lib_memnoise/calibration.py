@@ -11,7 +11,7 @@ import bisect
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 FORMAT = 1
@@ -23,8 +23,12 @@ STRENGTH = 0.63
 """γ̃ times the ‖Δ‖ that counts as ordinary: 0.7 · 0.9 with SD 1.4's published values. SD 2.0's give 0.48, or 0.63 with
 their conversion by 14.65 throughout. Inferred: nothing is published for other checkpoints."""
 
-TOLERANCE = 60
-"""Timesteps by which a calibration's first one may differ from that of an image that is judged by it."""
+TOLERANCE = 50
+"""Timesteps by which a calibration's first one may differ from that of an image that is judged by it, converted: on the
+miniature's ordinary prompts no more false positives come of it than of having only 120 prompts (at most 3 % where 1 %
+was asked; `python -m lib_memnoise score --timesteps`)."""
+LOWEST = 850
+"""The lowest timestep for which that is so."""
 SOURCES = {
     "built-in": "built-in prompts",
     "own": "prompts of the user's own",
@@ -54,6 +58,14 @@ class Key:
         """For a file: only letters, digits, dots and dashes."""
         checkpoint = re.sub(r"[^A-Za-z0-9.]+", "-", self.checkpoint)[:80].strip("-.") or "checkpoint"
         return f"{checkpoint}-{self.width}x{self.height}-{self.parameterization}-{self.timestep}"
+
+
+def unit(parameterization: str, alpha_bar: float) -> float:
+    """‖Δ‖ of native outputs, "eps" or "v", for a difference of 1 between the clean latents x̂0 that they predict.
+
+    x = √ᾱ·x0 + √(1 − ᾱ)·ε at one x: Δε = −√(ᾱ/(1 − ᾱ))·Δx̂0, and v = √ᾱ·ε − √(1 − ᾱ)·x0 has Δv = −Δx̂0/√(1 − ᾱ).
+    """
+    return math.sqrt((1.0 if parameterization == "v" else alpha_bar) / (1 - alpha_bar))
 
 
 def beta_quantile(k: int, n: int, probability: float) -> float:
@@ -144,6 +156,10 @@ class Calibration:
         n, k = len(self.scores), self.rank(rate)
         low, high = (beta_quantile(k, n, probability) for probability in (0.025, 0.975))
         return Promise(rate, k / (n + 1), low, high, n)
+
+    def at(self, factor: float) -> Calibration:
+        """The same for scores of another timestep, which are so many times as large (`unit`)."""
+        return replace(self, scores=tuple(score * factor for score in self.scores))
 
     def percentile(self, score: float) -> float:
         """The share of ordinary scores at or below this one, in percent."""

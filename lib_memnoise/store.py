@@ -7,8 +7,13 @@ import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib_memnoise.calibration import TOLERANCE, BadCalibration, Calibration, Key, from_document
+from lib_memnoise.calibration import LOWEST, TOLERANCE, BadCalibration, Calibration, Key, from_document
 from lib_memnoise.files import replacing
+
+
+def serves(timestep: int, other: int) -> bool:
+    """Whether a calibration of one first timestep serves at another."""
+    return timestep == other or (abs(timestep - other) <= TOLERANCE and min(timestep, other) >= LOWEST)
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,14 @@ class CalibrationStore:
     def nearest(self, key: Key) -> tuple[Calibration | None, list[str]]:
         """The calibration that serves for a key, and a sentence for every file that was damaged.
 
-        One of the same checkpoint and size whose first timestep is at most `TOLERANCE` away: made with the user's own
-        prompts rather than with built-in ones, and then the nearest.
+        One of the same checkpoint and size whose first timestep is at most `TOLERANCE` away, and neither below
+        `LOWEST`: made with the user's own prompts rather than with built-in ones, and then the nearest. Its scores are
+        those of its own timestep.
         """
         found, problems = [], []
         for path in sorted(self.folder.glob(f"{key.name.rsplit('-', 1)[0]}-*.json")):
             timestep = path.stem.rsplit("-", 1)[1]
-            if not timestep.isdigit() or abs(int(timestep) - key.timestep) > TOLERANCE:
+            if not timestep.isdigit() or not serves(int(timestep), key.timestep):
                 continue
             calibration, problem = self.load(replace(key, timestep=int(timestep)))
             found += [calibration] if calibration else []

@@ -144,7 +144,8 @@ def test_the_nearest_serves(tmp_path: Path) -> None:
 
     store = CalibrationStore(tmp_path)
     assert store.nearest(KEY) == (None, [])
-    for key in (at(901), at(951), at(951, width=576), at(951, checkpoint="abc124"), at(951, parameterization="v")):
+    others = at(951, width=576), at(951, checkpoint="abc124"), at(951, parameterization="v")
+    for key in (at(801), at(901), at(951), *others):
         store.save(make(key, range(1, 31)))
 
     def nearest(timestep: int, **other: Any) -> Key | None:
@@ -153,7 +154,8 @@ def test_the_nearest_serves(tmp_path: Path) -> None:
         return None if found is None else found.key
 
     assert [nearest(t) for t in (951, 981, 930, 920, 901)] == [at(951), at(951), at(951), at(901), at(901)]
-    assert nearest(951 + TOLERANCE) == at(951) and nearest(951 + TOLERANCE + 1) is None
+    assert nearest(901 - TOLERANCE) == at(901) and nearest(901 - TOLERANCE - 1) is None
+    assert nearest(801) == at(801) and nearest(805) is None  # too low for another's
     assert nearest(981, height=768) is None and nearest(981, width=576) == at(951, width=576)
     # One with the user's own prompts is better than a nearer one without.
     store.save(make(at(901), range(1, 31), "own"))

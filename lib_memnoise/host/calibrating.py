@@ -10,7 +10,7 @@ import torch
 from modules import devices, errors, sd_samplers, shared
 
 from lib_memnoise import calibration
-from lib_memnoise.calibration import TOLERANCE, ordinary_prompts
+from lib_memnoise.calibration import ordinary_prompts
 from lib_memnoise.generation import Generation
 from lib_memnoise.host import calibrations, recent, scoring
 from lib_memnoise.host.arguments import Refusal
@@ -21,6 +21,7 @@ from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.host.scoring import BadRequest, Probe, Request, ScoredImage, Stopped
 from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.settings import Settings
+from lib_memnoise.store import serves
 
 MOST_RECENT = 240
 """Prompts of recent pictures that are scored."""
@@ -121,8 +122,10 @@ def calibrate_for(p: Any, generation: Generation) -> None:
     Raises:
         Unsupported: what samples pure noise does not begin where this pass does. Stopped: the user did not want it.
     """
+    if getattr(p, "firstpass_image", None) is not None and getattr(p, "enable_hr", False):
+        return  # a picture's hires pass on its own
     t = first_timestep(p)
-    known, problems = calibrations.store().nearest(calibrations.key(t, p.width, p.height))
+    known, problems = calibrations.serving(t, p.width, p.height)
     generation.remarks += problems
     if known is not None:
         return
@@ -135,7 +138,7 @@ def calibrate_for(p: Any, generation: Generation) -> None:
         steps=p.steps,
     )
     begins = first_timestep(scoring.make_processing(Probe, request, [request.prompts[0]], [0]))
-    if abs(begins - t) > TOLERANCE:
+    if not serves(round(begins), round(t)):
         raise Unsupported(
             f"the checkpoint is not calibrated at {p.width}x{p.height} and first timestep {t:g}, and that cannot be "
             f"done: noise alone is sampled from timestep {begins:g} on"
@@ -156,7 +159,7 @@ def raise_if_second_pass_lacks_one(p: Any, settings: Settings) -> None:
     second.sampler_name = getattr(p, "hr_sampler_name", None) or p.sampler_name
     second.scheduler = getattr(p, "hr_scheduler", None) or getattr(p, "scheduler", None)
     t, width, height = first_timestep(second), second.hr_upscale_to_x, second.hr_upscale_to_y
-    known, _ = calibrations.store().nearest(calibrations.key(t, width, height))
+    known, _ = calibrations.serving(t, width, height)
     if known is None:
         raise Unsupported(
             f"the checkpoint is not calibrated for the hires pass at {width}x{height} and first timestep {t:g}"

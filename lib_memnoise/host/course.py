@@ -243,7 +243,7 @@ def resolved(generation: Generation, noise: Tensor, t: float, reports: list[Imag
     if not settings.is_by_score and not settings.follows_calibration(generation.preset):
         return settings.resolved(generation.preset)
     height, width = (8 * side for side in noise.shape[-2:])
-    known, notes = calibrations.store().nearest(calibrations.key(t, width, height))
+    known, notes = calibrations.serving(t, width, height)
     where = f"at {width}x{height} and first timestep {t:g}"
     if known is None and settings.preset == "calibrated":
         raise NotCalibrated(f"the preset calibrated needs a calibration of this checkpoint {where}")

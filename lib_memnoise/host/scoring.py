@@ -358,7 +358,7 @@ def verdict(score: float, rate: float, known: Calibration | None) -> str:
 def answer(request: Request, rate: float = RATE) -> dict[str, Any]:
     """`score`, with what the calibration says of it, as JSON. Without a calibration there is no verdict."""
     found = score(request)
-    known, notes = calibrations.store().nearest(calibrations.key(found[0].timestep, request.width, request.height))
+    known, notes = calibrations.serving(found[0].timestep, request.width, request.height)
     threshold = known.threshold(rate) if known else None
     images = [
         {

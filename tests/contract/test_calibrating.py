@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lib_memnoise.calibration import ORDINARY, ordinary_prompts
+from lib_memnoise.calibration import ORDINARY, ordinary_prompts, unit
+from lib_memnoise.lab.sampling import alpha_bar
 from tests.contract.conftest import ROUNDING, Studio, close
 from tests.contract.test_generation import same
 from tests.contract.test_img2img import payload as img2img
@@ -247,11 +248,13 @@ def test_flow_models_are_told_as_before(studio: Studio) -> None:
 def test_a_calibration_serves_at_near_timesteps(studio: Studio) -> None:
     made = calibrate(studio, steps=20)
     assert made["timestep"] == 951
+    unit_of = {t: unit("eps", alpha_bar(t)) for t in (901, 951, 981)}
     for steps, t in ((50, 981), (10, 901)):
         run = studio.run(FLAGGED, steps=steps)
         assert run.read("Memnoise calibration") == "120 built-in prompts at timestep 951"
         found = score(studio, prompt="a red fox in the snow", seed=7, steps=steps)
-        assert (found["timestep"], found["threshold"]) == (t, made["threshold"])
+        assert found["timestep"] == t and unit_of[t] != unit_of[951]
+        assert found["threshold"] == pytest.approx(made["threshold"] * unit_of[t] / unit_of[951], rel=1e-4)
         assert found["calibration"]["timestep"] == 951
         flagged = found["images"][0]["flagged"]
         assert run.read("Memnoise mitigated") == str(flagged)
