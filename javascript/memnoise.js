@@ -21,6 +21,13 @@ function memnoiseShow(tab, methodLabel, presetLabel, whenLabel, guidanceLabel) {
     return [];
 }
 
+// Shows where captions go while they are what the checkpoint is calibrated with.
+function memnoiseSource(own, label) {
+    const captions = gradioApp().querySelector("#script_txt2img_memnoise_captions");
+    captions?.classList.toggle("memnoise-shown", label === own);
+    return [];
+}
+
 // Runs a button's request as Generate's is: with the host's progress bar and its Interrupt.
 function memnoiseTask(...values) {
     const id = randomId();

@@ -152,9 +152,17 @@ def score(arguments: argparse.Namespace) -> None:
         print(f"           {image['verdict']}{percentile}")
         for word, size in sorted(image.get("words", []), key=lambda pair: -pair[1]):
             print(f"           {size:5.2f}  {word}")
-    print(f"threshold {answer['threshold']:.4g}, first timestep {answer['timestep']:g}")
+    print(f"{against(answer)}, first timestep {answer['timestep']:g}")
     for note in answer["notes"]:
         print(f"note: {note}")
+
+
+def against(answer: dict[str, Any]) -> str:
+    """What a WebUI compared the scores with."""
+    known = answer["calibration"]
+    if known is None:
+        return "not calibrated"
+    return f"threshold {answer['threshold']:.4g}, of {known['text']} ({known['promise']})"
 
 
 def score_miniature(arguments: argparse.Namespace) -> None:
@@ -185,6 +193,16 @@ def score_miniature(arguments: argparse.Namespace) -> None:
             for record in records:
                 print(f"{sum(record['scores']) / len(record['scores']):9.4f}  {record['prompt']}")
         return
+    if arguments.timesteps:
+        from lib_memnoise.lab import timesteps
+
+        with tqdm(total=arguments.ordinary, unit="prompt", leave=False) as bar:
+            along = timesteps.scores(model, arguments.ordinary, seed=seed, progress=bar.update)
+        if arguments.json:
+            print(json.dumps(timesteps.documents(along, arguments.variant), indent=2))
+        else:
+            print(timesteps.report(along, arguments.variant))
+        return
     plan = Plan(images=arguments.images, ordinary=arguments.ordinary)
     with tqdm(total=plan.total, unit="score", leave=False) as bar:
         lines = detect(model, plan, seed=seed, progress=bar.update)
@@ -195,18 +213,39 @@ def score_miniature(arguments: argparse.Namespace) -> None:
         print(left_alone_text(left_alone(model, seed=seed)))
 
 
+def captions_of(path: Path) -> list[str]:
+    """Captions of a text file, one a line, as many as a WebUI takes."""
+    from lib_memnoise.calibration import MOST, distinct
+
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise OneSentence(f"{path} is no text file in UTF-8.") from None
+    every = distinct(lines, len(lines))
+    found = distinct(lines, MOST)
+    if len(found) < len(every):
+        print(f"{len(found)} of {len(every)} captions are taken, at even distances.", file=sys.stderr)
+    return found
+
+
 def calibrate(arguments: argparse.Namespace) -> None:
     from lib_memnoise.client import WebUI
 
-    made = WebUI(arguments.url, arguments.auth).post("calibrate", request_of(arguments))
+    request = request_of(arguments)
+    if arguments.prompts is not None:
+        request["prompts"] = captions_of(arguments.prompts)
+    elif arguments.recent:
+        request["source"] = "recent"
+    made = WebUI(arguments.url, arguments.auth).post("calibrate", request)
     if arguments.json:
-        print(json.dumps(made, indent=2))
-    else:
-        print(
-            f"{made['count']} ordinary prompts at {made['width']}x{made['height']}, first timestep {made['timestep']}: "
-            f"{made['lowest']:.4g} to {made['highest']:.4g}, median {made['median']:.4g}; "
-            f"threshold {made['threshold']:.4g} (1 % false positives)"
-        )
+        print(json.dumps(made, indent=2, ensure_ascii=False))
+        return
+    print(
+        f"{made['text']}, {made['width']}x{made['height']}: {made['lowest']:.4g} to {made['highest']:.4g}, median "
+        f"{made['median']:.4g}; threshold {made['threshold']:.4g} ({made['promise']})"
+    )
+    for note in made["notes"]:
+        print(f"note: {note}")
 
 
 def miniature_train(arguments: argparse.Namespace) -> None:
@@ -399,12 +438,20 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--images", type=counts, default=16, help="of each memorised prompt (default: 16)")
     command.add_argument("--ordinary", type=whole_number(20, 100_000), default=500, help="(default: 500)")
     command.add_argument("--variant", choices=("eps", "v"), default="eps", help="of the miniature (default: eps)")
+    command.add_argument(
+        "--timesteps",
+        action="store_true",
+        help="miniature: false positives of ordinary prompts by a threshold of another first timestep",
+    )
     command.add_argument("--threads", **threads)
 
     command = add(
         commands, "calibrate", calibrate, "have a WebUI score ordinary prompts on its checkpoint and keep that"
     )
     webui(command, required=True)
+    sources = command.add_mutually_exclusive_group()
+    sources.add_argument("--prompts", type=Path, metavar="FILE", help="captions such as you use, one a line")
+    sources.add_argument("--recent", action="store_true", help="those of the pictures that the WebUI saved last")
 
     add_evaluation(add, commands, threads)
 

@@ -11,15 +11,30 @@ import bisect
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 FORMAT = 1
 FEWEST = 20
 """Scores without which there is no distribution to speak of."""
+MOST = 256
+"""Prompts of one calibration."""
 STRENGTH = 0.63
 """γ̃ times the ‖Δ‖ that counts as ordinary: 0.7 · 0.9 with SD 1.4's published values. SD 2.0's give 0.48, or 0.63 with
 their conversion by 14.65 throughout. Inferred: nothing is published for other checkpoints."""
+
+TOLERANCE = 50
+"""Timesteps by which a calibration's first one may differ from that of an image that is judged by it, converted: on the
+miniature's ordinary prompts no more false positives come of it than of having only 120 prompts (at most 3 % where 1 %
+was asked; `python -m lib_memnoise score --timesteps`)."""
+LOWEST = 850
+"""The lowest timestep for which that is so."""
+SOURCES = {
+    "built-in": "built-in prompts",
+    "own": "prompts of the user's own",
+    "recent": "prompts of recent pictures",
+}
+"""Where a calibration's prompts come from, and what people see for it."""
 
 
 class BadCalibration(ValueError):
@@ -45,6 +60,71 @@ class Key:
         return f"{checkpoint}-{self.width}x{self.height}-{self.parameterization}-{self.timestep}"
 
 
+def unit(parameterization: str, alpha_bar: float) -> float:
+    """‖Δ‖ of native outputs, "eps" or "v", for a difference of 1 between the clean latents x̂0 that they predict.
+
+    x = √ᾱ·x0 + √(1 − ᾱ)·ε at one x: Δε = −√(ᾱ/(1 − ᾱ))·Δx̂0, and v = √ᾱ·ε − √(1 − ᾱ)·x0 has Δv = −Δx̂0/√(1 − ᾱ).
+    """
+    return math.sqrt((1.0 if parameterization == "v" else alpha_bar) / (1 - alpha_bar))
+
+
+def beta_quantile(k: int, n: int, probability: float) -> float:
+    """The quantile of the Beta distribution with parameters k and n + 1 − k, 1 ≤ k ≤ n, to a relative 1e-12.
+
+    Its distribution function at x is the probability of at least k successes in n trials of probability x.
+    """
+
+    ways = [math.log(math.comb(n, j)) for j in range(k)]
+
+    def at_least(x: float) -> float:
+        hit, miss = math.log(x), math.log1p(-x)
+        return 1 - sum(math.exp(way + j * hit + (n - j) * miss) for j, way in enumerate(ways))
+
+    low, high = 0.0, 1.0
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if at_least(middle) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def percent(share: float) -> str:
+    """To two digits: "0.83 %"."""
+    return (f"{100 * share:#.2g}" if share < 0.0995 else f"{100 * share:.0f}") + " %"
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Which share of ordinary prompts is above a threshold that is the k-th largest of n prompts' scores.
+
+    It depends on the n prompts that happened to be scored: for prompts of their kind it is Beta-distributed, with
+    parameters k and n + 1 − k.
+    """
+
+    asked: float
+    expected: float
+    """The distribution's mean, k / (n + 1)."""
+    low: float
+    high: float
+    """95 % of the distribution is between them."""
+    count: int
+    """n."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether so few prompts can tell the rate that was asked for."""
+        return self.expected <= self.asked * (1 + 1e-9)
+
+    def __str__(self) -> str:
+        said = (
+            f"{self.asked * 100:.3g} % false positives asked; with {self.count} prompts 95 %: {percent(self.low)} to "
+            f"{percent(self.high)}"
+        )
+        if not self.is_kept:
+            needed = math.ceil(1 / self.asked - 1e-9) - 1
+            said += f"; so few prompts cannot promise less than {percent(self.expected)}, it takes {needed}"
+        return said
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Scores of ordinary prompts."""
@@ -52,6 +132,11 @@ class Calibration:
     key: Key
     scores: tuple[float, ...]
     """Rising."""
+    source: str | None = None
+    """One of `SOURCES`; None: an older file, which does not say."""
+
+    def __str__(self) -> str:
+        return f"{len(self.scores)} {SOURCES.get(self.source or '', 'prompts')} at timestep {self.key.timestep}"
 
     def threshold(self, rate: float) -> float:
         """The score above which at most this share of ordinary prompts lies, for scores to come as well.
@@ -59,8 +144,22 @@ class Calibration:
         With n scores it is the ⌈(n + 1)(1 − rate)⌉-th smallest; where there are too few for so small a rate, the
         largest one.
         """
+        return self.scores[-self.rank(rate)]
+
+    def rank(self, rate: float) -> int:
+        """The threshold's place among the scores, counted from the largest one, which is 1."""
         rank = math.ceil((len(self.scores) + 1) * (1 - rate) - 1e-9)
-        return self.scores[min(max(rank, 1), len(self.scores)) - 1]
+        return len(self.scores) + 1 - min(max(rank, 1), len(self.scores))
+
+    def promise(self, rate: float) -> Promise:
+        """What the threshold for this rate keeps of it."""
+        n, k = len(self.scores), self.rank(rate)
+        low, high = (beta_quantile(k, n, probability) for probability in (0.025, 0.975))
+        return Promise(rate, k / (n + 1), low, high, n)
+
+    def at(self, factor: float) -> Calibration:
+        """The same for scores of another timestep, which are so many times as large (`unit`)."""
+        return replace(self, scores=tuple(score * factor for score in self.scores))
 
     def percentile(self, score: float) -> float:
         """The share of ordinary scores at or below this one, in percent."""
@@ -86,15 +185,15 @@ class Calibration:
             "gamma": round(min(STRENGTH * factor / self.median, 10.0), 4),
             "target": round(self.median / factor, 4),
             "target_kind": "absolute",
-            "threshold": round(self.threshold(rate) / factor, 4),
+            "threshold": self.threshold(rate) / factor,
         }
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
-        return {"format": FORMAT, **asdict(self.key), "scores": list(self.scores)}
+        return {"format": FORMAT, **asdict(self.key), "source": self.source, "scores": list(self.scores)}
 
 
-def make(key: Key, scores: Iterable[float]) -> Calibration:
+def make(key: Key, scores: Iterable[float], source: str | None = None) -> Calibration:
     """A calibration of scores in any order.
 
     Raises:
@@ -105,7 +204,7 @@ def make(key: Key, scores: Iterable[float]) -> Calibration:
         raise BadCalibration(f"a calibration needs at least {FEWEST} scores, not {len(found)}")
     if not all(math.isfinite(score) and score > 0 for score in found):
         raise BadCalibration("a score is not a positive number")
-    return Calibration(key, found)
+    return Calibration(key, found, source)
 
 
 def from_document(document: Any) -> Calibration:
@@ -123,7 +222,17 @@ def from_document(document: Any) -> Calibration:
     scores = document.get("scores")
     if not isinstance(scores, list) or not all(isinstance(score, (int, float)) for score in scores):
         raise BadCalibration("its scores are no list of numbers")
-    return make(Key(**{name: document[name] for name in kinds}), scores)
+    source = document.get("source")
+    if source is not None and (not isinstance(source, str) or source not in SOURCES):
+        raise BadCalibration(f"its source is {source!r}")
+    return make(Key(**{name: document[name] for name in kinds}), scores, source)
+
+
+def distinct(prompts: Iterable[str], most: int) -> list[str]:
+    """The different ones among prompts that are not blank, in their order; where there are more than `most`, so many
+    of them at even distances."""
+    found = list(dict.fromkeys(text for text in (prompt.strip() for prompt in prompts) if text))
+    return found if len(found) <= most else [found[k * len(found) // most] for k in range(most)]
 
 
 SUBJECTS = (

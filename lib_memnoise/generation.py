@@ -45,6 +45,8 @@ class ImageReport:
     """Why the image was generated without mitigation."""
     threshold: float | None = None
     """The score above which an image is mitigated, where only such images are."""
+    calibration: str | None = None
+    """The calibration that numbers come from."""
     left_alone: bool = False
     """Not mitigated, because its score is not above the threshold."""
     prompt: str | None = None
@@ -72,8 +74,8 @@ class ImageReport:
 
 
 REPORT_KEYS = (
-    "used", "prompt", "magnitude", "magnitude after", "mitigated", "steps taken", "norm", "transition at", "rows",
-    "backward rows", "note", "failed",
+    "used", "prompt", "magnitude", "magnitude after", "mitigated", "calibration", "steps taken", "norm",
+    "transition at", "rows", "backward rows", "note", "failed",
 )  # fmt: skip
 HIRES_KEYS = (
     "hires used", "hires prompt", "hires magnitude", "hires magnitude after", "hires steps taken", "hires norm",
@@ -92,6 +94,8 @@ class Generation:
     pinned: Settings | None = None
     """The settings as the infotext has them."""
     fail_instead: bool = False
+    remarks: list[str] = field(default_factory=list)
+    """Notes for all images."""
     trace_id: str | None = None
     """By which the traces of its images are found."""
     images: dict[tuple[int, int], ImageReport] = field(default_factory=dict)
@@ -121,6 +125,7 @@ def report_infotext(report: ImageReport) -> dict[str, str | int | None]:
     values = {
         **_of_pass(report),
         "mitigated": None if report.threshold is None else str(not report.left_alone),
+        "calibration": report.calibration,
         "rows": rows or None,
         "backward rows": backward or None,
         "note": "; ".join(report.every_note) or None,

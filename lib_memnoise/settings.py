@@ -101,8 +101,8 @@ class Settings:
         high=1000,
         step=0.01,
         only=("when", "flagged"),
-        preset=True,
-        help="An image whose score is above it counts as memorised. At the checkpoint's own image size; scaled.",
+        help="An image whose score is above it counts as memorised. At the checkpoint's own image size; scaled. "
+        "Not given: the checkpoint's calibration has it, which is made first where there is none.",
     )
     false_positives: float = _setting(
         0.01,
@@ -360,6 +360,11 @@ class Settings:
         """When guidance starts: "first", "tau" or "transition"."""
         return METHODS[self.method].guidance if self.guidance == "method" else self.guidance
 
+    @property
+    def is_by_score(self) -> bool:
+        """Whether the checkpoint's calibration says which images are mitigated."""
+        return self.when == "flagged" and self.threshold is None
+
     def follows_calibration(self, preset: str) -> bool:
         """Whether all numbers come from the checkpoint's calibration if it has one; `preset` as in `resolved`."""
         return self.preset == "calibrated" or (preset == "relative" and self.preset == "auto")
@@ -374,7 +379,7 @@ class Settings:
         return ("threshold",)
 
     def resolved(self, preset: str, calibrated: Mapping[str, Any] | None = None) -> Settings:
-        """These settings with nothing left to a preset.
+        """These settings with nothing left to a preset. The threshold stays open without a calibration.
 
         Args:
             preset: names the numbers for what is not given (a key of `PRESET_VALUES`); ignored where the settings
@@ -422,12 +427,11 @@ DECIDING = ("method", *dict.fromkeys(spec.only[0] for spec in SPECS.values() if 
 SIGMA_MAX = 14.6146
 """Of SD's noise schedule, t = 999: the scale of the latents that an Euler sampler starts from."""
 
-# `threshold` is the largest target that the paper sweeps; nothing is published for scores.
 PRESET_VALUES: dict[str, dict[str, Any]] = {
     # Appendix B, DDIM.
     "sd1": {
         "gamma": 0.7, "rho": 50.0, "steps": 2, "tau": 900.0,
-        "lr": 0.01, "target": 0.9, "target_kind": "absolute", "threshold": 1.5, "max_steps": 100, "opposite": 0.0,
+        "lr": 0.01, "target": 0.9, "target_kind": "absolute", "max_steps": 100, "opposite": 0.0,
         "alpha": 0.05,
     },
     # Appendix B, Euler. Which space γ̃, ρ and lr act in is not published. γ̃ and lr are divided by σ_max (γ̃ is then 0.7
@@ -436,13 +440,13 @@ PRESET_VALUES: dict[str, dict[str, Any]] = {
     # twice its length (`benchmarks/sd2_units.py`). Targets are in v; the paper sweeps 5…20 and names no default.
     "sd2_v": {
         "gamma": round(0.7 / SIGMA_MAX, 4), "rho": 30.0, "steps": 4, "tau": 917.449,
-        "lr": round(0.1 / SIGMA_MAX, 5), "target": 10.0, "target_kind": "absolute", "threshold": 20.0,
+        "lr": round(0.1 / SIGMA_MAX, 5), "target": 10.0, "target_kind": "absolute",
         "max_steps": 100, "opposite": 0.0, "alpha": 0.01,
     },
     # Checkpoints without published numbers (SDXL): SD1.4's, but the target relative to what the image starts from.
     "relative": {
         "gamma": 0.7, "rho": 50.0, "steps": 2, "tau": 900.0,
-        "lr": 0.01, "target": 0.5, "target_kind": "fraction", "threshold": 1.5, "max_steps": 100, "opposite": 0.0,
+        "lr": 0.01, "target": 0.5, "target_kind": "fraction", "max_steps": 100, "opposite": 0.0,
         "alpha": 0.05,
     },
 }  # fmt: skip
@@ -520,6 +524,11 @@ def preset_for(*, parameterization: str, family: str, sha256: str | None = None)
 def size_factor(d: int, parameterization: str) -> float:
     """√(d/d_ref), by which ρ and an absolute target scale: ‖Δ‖ and ‖x‖ both grow with √d."""
     return math.sqrt(d / REFERENCE_SIZE["v" if parameterization == "v" else "eps"])
+
+
+def is_open(name: str) -> bool:
+    """Whether a setting that is not given stays so: neither a default nor a preset has a number for it."""
+    return getattr(DEFAULTS, name) is None and not SPECS[name].preset
 
 
 def shown(name: str, value: Any) -> Any:
@@ -739,7 +748,7 @@ def json_schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "memnoise settings",
         "description": "Second element of alwayson_scripts.memnoise.args, after the enabled flag. A setting "
-        "without a default takes its value from the preset (x-presets).",
+        "without a default takes its value from the preset (x-presets), or, the threshold, from the calibration.",
         "type": "object",
         "properties": properties,
         "additionalProperties": False,

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib_memnoise.calibration import BadCalibration, Calibration, Key, from_document
+from lib_memnoise.calibration import LOWEST, TOLERANCE, BadCalibration, Calibration, Key, from_document
 from lib_memnoise.files import replacing
+
+
+def serves(timestep: int, other: int) -> bool:
+    """Whether a calibration of one first timestep serves at another."""
+    return timestep == other or (abs(timestep - other) <= TOLERANCE and min(timestep, other) >= LOWEST)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,24 @@ class CalibrationStore:
             return None, None
         except (OSError, ValueError, RecursionError) as error:
             return None, self._set_aside(path, error)
+
+    def nearest(self, key: Key) -> tuple[Calibration | None, list[str]]:
+        """The calibration that serves for a key, and a sentence for every file that was damaged.
+
+        One of the same checkpoint and size whose first timestep is at most `TOLERANCE` away, and neither below
+        `LOWEST`: made with the user's own prompts rather than with built-in ones, and then the nearest. Its scores are
+        those of its own timestep.
+        """
+        found, problems = [], []
+        for path in sorted(self.folder.glob(f"{key.name.rsplit('-', 1)[0]}-*.json")):
+            timestep = path.stem.rsplit("-", 1)[1]
+            if not timestep.isdigit() or not serves(int(timestep), key.timestep):
+                continue
+            calibration, problem = self.load(replace(key, timestep=int(timestep)))
+            found += [calibration] if calibration else []
+            problems += [problem] if problem else []
+        found.sort(key=lambda one: (one.source in (None, "built-in"), abs(one.key.timestep - key.timestep)))
+        return (found[0] if found else None), problems
 
     def _set_aside(self, path: Path, error: Exception) -> str:
         reason = str(error) if isinstance(error, BadCalibration) else "it cannot be read"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from lib_memnoise.calibration import BadCalibration, Key, from_document, make, ordinary_prompts
+from lib_memnoise.calibration import (
+    TOLERANCE,
+    BadCalibration,
+    Key,
+    beta_quantile,
+    distinct,
+    from_document,
+    make,
+    ordinary_prompts,
+)
 from lib_memnoise.store import CalibrationStore
 
 KEY = Key("abc123", 512, 512, "eps", 981)
@@ -26,6 +37,43 @@ def test_a_threshold_keeps_its_rate(scores: list[float], rate: float) -> None:
     assert above <= rate * (len(scores) + 1)
     assert calibration.threshold(rate) in calibration.scores
     assert calibration.median == pytest.approx(np.median(scores))
+
+
+@given(st.integers(1, 300), st.integers(0, 299), st.sampled_from([0.001, 0.025, 0.5, 0.975]))
+def test_a_quantile_is_scipys(n: int, k: int, probability: float) -> None:
+    k = 1 + k % n
+    assert beta_quantile(k, n, probability) == pytest.approx(stats.beta.ppf(probability, k, n + 1 - k), rel=1e-8)
+
+
+def test_what_a_threshold_promises() -> None:
+    promise = make(KEY, range(1, 121)).promise(0.01)
+    assert (promise.expected, promise.is_kept) == (1 / 121, True)
+    assert str(promise) == "1 % false positives asked; with 120 prompts 95 %: 0.021 % to 3.0 %"
+    few = make(KEY, range(1, 21)).promise(0.01)
+    assert not few.is_kept
+    assert str(few).endswith("0.13 % to 17 %; so few prompts cannot promise less than 4.8 %, it takes 99")
+    assert make(KEY, range(1, 100)).promise(0.01).is_kept
+
+
+@given(st.integers(20, 250), st.sampled_from([0.001, 0.01, 0.05, 0.1, 0.5]))
+def test_a_promise_is_about_the_threshold(n: int, rate: float) -> None:
+    calibration = make(KEY, range(1, n + 1))
+    promise = calibration.promise(rate)
+    assert calibration.threshold(rate) == n + 1 - calibration.rank(rate)
+    assert promise.expected == pytest.approx(calibration.rank(rate) / (n + 1))
+    assert promise.low < promise.expected < promise.high
+    assert promise.is_kept == (n >= 1 / rate - 1 - 1e-6)
+
+
+def test_the_promise_is_kept() -> None:
+    """Of many calibrations with scores of one distribution, the interval has the true rate in 95 %."""
+    random = np.random.default_rng(1)
+    inside = 0
+    for _ in range(1000):
+        calibration = make(KEY, random.uniform(0.1, 1.1, 60))
+        promise = calibration.promise(0.05)
+        inside += promise.low <= 1.1 - calibration.threshold(0.05) <= promise.high
+    assert 930 <= inside <= 970
 
 
 def test_percentiles() -> None:
@@ -44,8 +92,16 @@ def test_derived_settings() -> None:
 
 @given(st.lists(positive, min_size=20, max_size=30))
 def test_documents_come_back(scores: list[float]) -> None:
-    calibration = make(KEY, scores)
-    assert from_document(json.loads(json.dumps(calibration.document()))) == calibration
+    for source in ("built-in", "own", "recent", None):
+        calibration = make(KEY, scores, source)
+        assert from_document(json.loads(json.dumps(calibration.document()))) == calibration
+
+
+def test_older_documents_are_read() -> None:
+    older = {name: value for name, value in GOOD.items() if name != "source"}
+    calibration = from_document(older)
+    assert calibration.source is None and str(calibration) == "30 prompts at timestep 981"
+    assert str(make(KEY, range(1, 31), "recent")) == "30 prompts of recent pictures at timestep 981"
 
 
 GOOD = make(KEY, range(1, 31)).document()
@@ -57,6 +113,7 @@ GOOD = make(KEY, range(1, 31)).document()
         None, [], {}, "x", {**GOOD, "format": 2}, {**GOOD, "width": "512"}, {**GOOD, "checkpoint": 3},
         {**GOOD, "scores": None}, {**GOOD, "scores": [1.0] * 19}, {**GOOD, "scores": [1.0] * 29 + [math.nan]},
         {**GOOD, "scores": [1.0] * 29 + [0.0]}, {**GOOD, "scores": ["1"] * 30},
+        {**GOOD, "source": "elsewhere"}, {**GOOD, "source": ["own"]},
     ],
 )  # fmt: skip
 def test_what_is_no_calibration(bad: Any) -> None:
@@ -79,6 +136,47 @@ def test_a_store(tmp_path: Path) -> None:
     assert store.load(KEY) == (calibration, None) and store.all() == [calibration]
     assert [file.name for file in store.folder.iterdir()] == [path.name]
     assert store.load(Key("abc123", 512, 512, "eps", 999)) == (None, None)
+
+
+def test_the_nearest_serves(tmp_path: Path) -> None:
+    def at(timestep: int, **other: Any) -> Key:
+        return replace(KEY, timestep=timestep, **other)
+
+    store = CalibrationStore(tmp_path)
+    assert store.nearest(KEY) == (None, [])
+    others = at(951, width=576), at(951, checkpoint="abc124"), at(951, parameterization="v")
+    for key in (at(801), at(901), at(951), *others):
+        store.save(make(key, range(1, 31)))
+
+    def nearest(timestep: int, **other: Any) -> Key | None:
+        found, problems = store.nearest(at(timestep, **other))
+        assert problems == []
+        return None if found is None else found.key
+
+    assert [nearest(t) for t in (951, 981, 930, 920, 901)] == [at(951), at(951), at(951), at(901), at(901)]
+    assert nearest(901 - TOLERANCE) == at(901) and nearest(901 - TOLERANCE - 1) is None
+    assert nearest(801) == at(801) and nearest(805) is None  # too low for another's
+    assert nearest(981, height=768) is None and nearest(981, width=576) == at(951, width=576)
+    # One with the user's own prompts is better than a nearer one without.
+    store.save(make(at(901), range(1, 31), "own"))
+    assert nearest(951) == at(901)
+
+
+def test_a_damaged_neighbour_is_said(tmp_path: Path) -> None:
+    store = CalibrationStore(tmp_path)
+    store.save(make(KEY, range(1, 31)))
+    damaged = store.path(replace(KEY, timestep=951))
+    damaged.write_text("{")
+    (tmp_path / "abc123-512x512-eps-x.json").write_text("{")
+    found, problems = store.nearest(KEY)
+    assert found is not None and len(problems) == 1 and damaged.name in problems[0] and not damaged.exists()
+
+
+def test_distinct_prompts() -> None:
+    assert distinct(["a fox", " a fox ", "", "  ", "a cat"], 9) == ["a fox", "a cat"]
+    every = [f"{k}" for k in range(1000)]
+    assert distinct(every, 1000) == every
+    assert distinct(every, 4) == ["0", "250", "500", "750"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b"[]", b"[" * 100_000, json.dumps({"format": 1}).encode()])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lib_memnoise.__main__ import main
-from lib_memnoise.lab import detection
+from lib_memnoise.calibration import unit
+from lib_memnoise.lab import detection, timesteps
 from lib_memnoise.lab.bench import FirstDelta, make_network, noises
 from lib_memnoise.lab.detection import (
     MOST,
@@ -22,9 +23,11 @@ from lib_memnoise.lab.detection import (
     report,
     true_positives,
 )
+from lib_memnoise.lab.sampling import alpha_bar
 from lib_memnoise.lab.study import seed_of, subjects
 from lib_memnoise.miniature.model import load_miniature
 from lib_memnoise.prediction import magnitude
+from lib_memnoise.store import serves
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -101,3 +104,40 @@ def test_ordinary_images_are_left_alone() -> None:
     assert found.images == 8 and found.unflagged_batches >= 1
     assert found.identical == 4 * found.unflagged_batches and found.extra_rows == 0
     assert "bit-identical" in left_alone_text(found)
+
+
+def test_a_threshold_of_another_timestep(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["score", "--timesteps", "--ordinary", "32", "--json", "--threads", "1"])
+    records = json.loads(capsys.readouterr().out)
+    found = {(one["calibrated_at"], one["scored_at"]): one for one in records}
+    assert len(found) == len(timesteps.TIMESTEPS) ** 2
+    for t in timesteps.TIMESTEPS:
+        # The 99 % quantile lies below the largest one.
+        assert found[t, t]["raw"] == found[t, t]["false_positives"] == 1 / 32
+    near = [one for (t, other), one in found.items() if serves(t, other)]
+    assert max(one["false_positives"] for one in near) < max(one["raw"] for one in near)
+    assert max(one["false_positives"] for one in near) < max(one["false_positives"] for one in records)
+
+
+def test_false_positives_by_another_threshold() -> None:
+    scores = np.stack([np.arange(1.0, 101.0), np.arange(51.0, 151.0)])
+    assert timesteps.false_positives(scores, rate=0.1).tolist() == [[0.1, 0.6], [0.0, 0.1]]
+    assert timesteps.false_positives(scores * [[1], [3]], np.array([1.0, 3.0]), 0.1).tolist() == [
+        [0.1, 0.6],
+        [0.0, 0.1],
+    ]
+    every = np.repeat(scores[:1], len(timesteps.TIMESTEPS), axis=0)
+    text = timesteps.report(every, "eps")
+    assert "100 ordinary prompts" in text and text.count("\n   981 ") == 0 and text.count("\n  981 ") == 3
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+def test_a_unit_is_a_difference_of_clean_latents(parameterization: str) -> None:
+    """Two predictions at one x whose clean latents differ by 1."""
+    bar, x = alpha_bar(951), 0.3
+
+    def output(clean: float) -> float:
+        eps = (x - bar**0.5 * clean) / (1 - bar) ** 0.5
+        return eps if parameterization == "eps" else bar**0.5 * eps - (1 - bar) ** 0.5 * clean
+
+    assert abs(output(1.7) - output(0.7)) == pytest.approx(unit(parameterization, bar))

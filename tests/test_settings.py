@@ -22,6 +22,7 @@ from lib_memnoise.settings import (
     from_infotext,
     from_mapping,
     from_text,
+    is_open,
     is_used,
     json_schema,
     preset_for,
@@ -238,6 +239,27 @@ def test_a_target_and_its_kind_go_together() -> None:
     assert (sd1.target, sd1.target_kind) == (0.5, "fraction")
     both = from_mapping({"method": "per_sample", "target_kind": "fraction", "target": 0.3}).resolved("sd1")
     assert (both.target, both.target_kind) == (0.3, "fraction")
+
+
+def test_a_threshold_is_the_calibrations_or_the_users() -> None:
+    """No preset has one: nothing is published."""
+    own = from_mapping({"when": "flagged", "threshold": 2})
+    for preset in PRESET_VALUES:
+        assert "threshold" not in PRESET_VALUES[preset]
+        found = from_mapping({"when": "flagged"}).resolved(preset)
+        assert found.threshold is None and found.is_by_score
+        assert own.resolved(preset).threshold == 2 and not own.is_by_score
+        calibrated = {"threshold": 3.0, "gamma": 1.0, "target": 3.0, "target_kind": "absolute"}
+        assert from_mapping({"when": "flagged"}).resolved(preset, calibrated).threshold == 3
+        assert own.resolved(preset, calibrated).threshold == 2
+    entry = json_schema()["properties"]["threshold"]
+    assert "x-presets" not in entry and "default" not in entry
+    assert is_open("threshold") and not is_open("gamma") and not is_open("latest")
+    assert to_infotext(own.pinned("sd1")) == {
+        "Memnoise": "batch_wise",
+        "Memnoise when": "flagged",
+        "Memnoise threshold": 2,
+    }
 
 
 def test_size_factor() -> None:

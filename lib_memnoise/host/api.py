@@ -10,7 +10,6 @@ from fastapi import Body
 from modules import call_queue, devices, shared
 
 from lib_memnoise import __version__
-from lib_memnoise.calibration import ordinary_prompts
 from lib_memnoise.host import calibrations, payload, request, scoring
 from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.network import load_checkpoint, loads_late, network
@@ -44,20 +43,14 @@ def score(body: Any = Body(...)) -> Any:  # noqa: B008
 
 def calibrate(body: Any = Body(default={})) -> Any:  # noqa: B008
     """`POST /memnoise/v1/calibrate`: score ordinary prompts on the loaded checkpoint, and keep that."""
+    from lib_memnoise.host import calibrating
 
     def run() -> Any:
-        wanted = to_calibrate(body)
+        wanted = calibrating.parse(body)
         with scoring.queued("memnoise-calibration"):
-            return scoring.summary(scoring.calibrate(wanted))
+            return calibrating.answer(*wanted)
 
     return answered(run)
-
-
-def to_calibrate(body: Any) -> request.Request:
-    """What a calibration is asked for: ordinary prompts unless others are given; it has seeds of its own."""
-    if isinstance(body, dict) and not {"prompt", "prompts"} & body.keys():
-        body = {"prompts": ordinary_prompts(), **body}
-    return request.parse(body, kind="calibration", without=(*request.OWN, "seed", "seeds", "words"))
 
 
 def compare(body: Any = Body(...)) -> Any:  # noqa: B008

@@ -12,7 +12,18 @@ from fastapi import HTTPException
 from modules import errors
 
 from lib_memnoise.host.refusals import loses_errors, named_on_the_page
-from lib_memnoise.settings import DECIDING, SPECS, SettingError, Settings, check, from_mapping, from_shown, is_used
+from lib_memnoise.settings import (
+    DECIDING,
+    SPECS,
+    SettingError,
+    Settings,
+    check,
+    from_mapping,
+    from_shown,
+    from_text,
+    is_open,
+    is_used,
+)
 from lib_memnoise.wording import echo, printable
 
 PLOT = "memnoise_plot"
@@ -98,14 +109,19 @@ def from_arguments(args: Sequence[Any]) -> dict[str, Any]:
 
 def from_controls(slots: Mapping[str, Any]) -> dict[str, Any]:
     """The page's controls: what the chosen method uses, and a preset's values only where it is Custom."""
-    values = {name: from_shown(name, slots[name]) for name in CONTROLS}
+    values = {name: from_shown(name, slots[name]) for name in CONTROLS if not (is_open(name) and is_empty(slots[name]))}
     deciding = {name: check(name, values[name]) for name in CONTROLS if name in DECIDING}
     preset = check("preset", values["preset"])
     return {
-        name: values[name]
-        for name in CONTROLS
+        name: from_text(name, value) if is_open(name) else value
+        for name, value in values.items()
         if is_used(name, deciding) and (preset == "custom" or not SPECS[name].preset)
     }
+
+
+def is_empty(text: Any) -> bool:
+    """Whether nothing stands in a control that may stay open."""
+    return text is None or (isinstance(text, str) and not text.strip())
 
 
 def surplus(value: Any) -> SettingError:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from modules import paths, shared
 
-from lib_memnoise.calibration import Key
+from lib_memnoise.calibration import Calibration, Key, unit
 from lib_memnoise.host.network import network
 from lib_memnoise.store import CalibrationStore
 
@@ -14,6 +14,19 @@ from lib_memnoise.store import CalibrationStore
 def store() -> CalibrationStore:
     """In the WebUI's data folder."""
     return CalibrationStore(Path(paths.data_path) / "memnoise" / "calibrations")
+
+
+def serving(timestep: float, width: int, height: int) -> tuple[Calibration | None, list[str]]:
+    """The calibration by which the loaded checkpoint's scores are judged, and what is wrong with others.
+
+    One of another first timestep is converted: what it has in common with this one is how far the predicted clean
+    latents differ. Where they cannot be told from the output (ᾱ = 0, in ε) there is none.
+    """
+    known, problems = store().nearest(key(timestep, width, height))
+    if known is None or known.key.timestep == round(timestep):
+        return known, problems
+    here, there = (unit(known.key.parameterization, network().alpha_bar(t)) for t in (timestep, known.key.timestep))
+    return (known.at(here / there) if here > 0 and there > 0 else None), problems
 
 
 def parameterization() -> str:

@@ -20,6 +20,7 @@ import torch
 from modules import devices, errors, shared
 from torch import Tensor
 
+from lib_memnoise.calibration import Calibration
 from lib_memnoise.generation import Generation, ImageReport, report_infotext
 from lib_memnoise.guidance import ALWAYS, Start, make_start
 from lib_memnoise.host import calibrations, traces, words
@@ -31,7 +32,15 @@ from lib_memnoise.host.gradients import run_leanly
 from lib_memnoise.host.hearing import Hearing
 from lib_memnoise.host.network import network
 from lib_memnoise.host.predictor import Predictor, empty_prompt, make_predictor
-from lib_memnoise.host.refusals import Failed, Interrupted, Unsupported, fails, keep_failed_cells, loses_errors
+from lib_memnoise.host.refusals import (
+    Failed,
+    Interrupted,
+    NotCalibrated,
+    Unsupported,
+    fails,
+    keep_failed_cells,
+    loses_errors,
+)
 from lib_memnoise.host.rows import Cond
 from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations import METHODS
@@ -104,6 +113,10 @@ def describe(p: Any) -> None:
     for key in generation.keys:
         key = f"{INFOTEXT} {key}"
         p.extra_generation_params[key] = _infotext_value(generation, key)
+    if generation.settings.is_by_score or generation.settings.preset == "calibrated":
+        from lib_memnoise.host import calibrating
+
+        calibrating.prepare(p, generation)
 
 
 def pin(p: Any, generation: Generation, pinned: Settings) -> None:
@@ -158,7 +171,7 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
                 empty=empty,
                 as_host=is_measured_first(settings),
             )
-            numbers = calibrated(settings, noise, predictor.step.t, reports)
+            numbers = calibrated(generation, settings, noise, predictor.step.t, reports)
             pinned = settings.pinned(checkpoint_preset(), numbers)
             settings = settings.resolved(checkpoint_preset(), numbers)
             outcome = adjusted(noise, predictor, settings, reports, initial_of(p, predictor))
@@ -275,30 +288,42 @@ def compare(
             report.note(f"the noise as drawn could not be traced: {error}")
 
 
-def calibrated(settings: Settings, noise: Tensor, t: float, reports: list[ImageReport]) -> dict[str, Any] | None:
+def calibrated(
+    generation: Generation, settings: Settings, noise: Tensor, t: float, reports: list[ImageReport]
+) -> dict[str, Any] | None:
     """The numbers of the checkpoint's calibration, where these settings take any and there is one.
 
     Raises:
-        Unsupported: there is none, and they cannot do without.
+        NotCalibrated: there is none, and they cannot do without.
     """
-    by_score = settings.when == "flagged" and settings.threshold is None
     follows = settings.preset == "calibrated" or settings.takes_from_calibration(checkpoint_preset()) != ("threshold",)
-    if not by_score and not follows:
+    if not settings.is_by_score and not follows:
         return None
     height, width = (8 * side for side in noise.shape[-2:])
-    known, problem = calibrations.store().load(calibrations.key(t, width, height))
+    known, notes = calibrations.serving(t, width, height)
+    where = f"at {width}x{height} and first timestep {t:g}"
     if known is None and settings.preset == "calibrated":
-        raise Unsupported(
-            f"the preset calibrated needs a calibration of this checkpoint at {width}x{height} and timestep {t:g}"
-        )
-    if by_score:
-        for report in reports:
-            if problem:
-                report.note(problem)
-            if known is None:
-                report.note("the threshold is the preset's: the checkpoint is not calibrated at this size and timestep")
+        raise NotCalibrated(f"the preset calibrated needs a calibration of this checkpoint {where}")
+    notes = [*generation.remarks, *notes]
+    if settings.is_by_score:
+        notes += doubts(known, settings, where)
+    for report in reports:
+        report.calibration = None if known is None else str(known)
+        for text in notes:
+            report.note(text)
     factor = size_factor(noise[0].numel(), parameterization())
     return None if known is None else known.settings(factor, settings.false_positives)
+
+
+def doubts(known: Calibration | None, settings: Settings, where: str) -> list[str]:
+    """What keeps a calibration from telling which images are memorised."""
+    if known is None:
+        return [
+            f"the checkpoint is not calibrated {where}: memorised or not cannot be told, so that every image counts as "
+            "memorised"
+        ]
+    promise = known.promise(settings.false_positives)
+    return [str(promise)] if not promise.is_kept else []
 
 
 def is_measured_first(settings: Settings) -> bool:
@@ -368,7 +393,7 @@ def fail(p: Any, generation: Generation, reports: list[ImageReport], error: Exce
         if not report.left_alone:
             report.failed = reason
     devices.torch_gc()
-    if generation.fail_instead:
+    if generation.fail_instead or isinstance(error, NotCalibrated):
         fail_sampling(p, Failed(reason))
 
 
@@ -415,7 +440,7 @@ def left_as_it_was(p: Any) -> Iterator[None]:
     An inpainting checkpoint draws from the global generator when its blank image is encoded, and asking a
     sampler for its schedule writes infotext keys.
     """
-    params = dict(p.extra_generation_params)
+    params, said = dict(p.extra_generation_params), shared.state.textinfo
     device = devices.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
@@ -423,7 +448,7 @@ def left_as_it_was(p: Any) -> Iterator[None]:
         finally:
             p.extra_generation_params.clear()
             p.extra_generation_params.update(params)
-            shared.state.textinfo = None
+            shared.state.textinfo = said
 
 
 def on_cfg_denoiser(params: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 from modules import call_queue, images, processing, shared
 
-from lib_memnoise.calibration import ordinary_prompts
+from lib_memnoise.calibration import MOST, distinct
 from lib_memnoise.host import request, scoring
 from lib_memnoise.host.refusals import FAILED_CELLS
 from lib_memnoise.host.traces import STORE
@@ -30,6 +30,8 @@ INPUTS = {
     "cfg_scale": "txt2img_cfg_scale",
 }  # fmt: skip
 """What a score depends on, and the elements that hold it; a host may lack some."""
+SOURCE_LABELS = {"built-in": "built-in prompts", "recent": "my recent pictures' prompts", "own": "captions of my own"}
+"""Of `calibration.SOURCES`, as the page's dropdown has them."""
 LAST = "generation_info_{tab}"
 """Made after all others. Changes with every generation; its text is what the API calls info."""
 
@@ -62,6 +64,24 @@ class Page:
         with gr.Row():
             self.check = gr.Button("Check prompt", elem_id=elem_id("check"))
             self.calibrate = gr.Button("Calibrate checkpoint", elem_id=elem_id("calibrate"))
+            self.source = gr.Dropdown(
+                choices=list(SOURCE_LABELS.values()),
+                value=SOURCE_LABELS["built-in"],
+                label="Calibrate with",
+                elem_id=elem_id("source"),
+            )
+        self.captions = gr.Textbox(
+            "",
+            label="Captions such as you use, one a line, none of them memorised",
+            lines=4,
+            max_lines=12,
+            elem_id=elem_id("captions"),
+            elem_classes=["memnoise-captions"],
+        )
+        for component in (self.source, self.captions):
+            component.do_not_save_to_config = True
+        toggle = f"(label) => memnoiseSource({json.dumps(SOURCE_LABELS['own'])}, label)"
+        self.source.change(fn=None, inputs=[self.source], outputs=[], **{JS: toggle})
         with gr.Accordion("Compare methods", open=False, elem_id=elem_id("comparison")):
             self.methods = gr.Dropdown(
                 choices=[method.label for method in METHODS.values()],
@@ -93,11 +113,12 @@ class Page:
 
     def _connect_buttons(self) -> None:
         names, found = tuple(self.inputs), list(self.inputs.values())
-        for button, run in ((self.check, checked), (self.calibrate, calibrated)):
-            function = call_queue.wrap_gradio_gpu_call(answering(run, names), extra_outputs=[gr.update()])
+        more = {"source": self.source, "captions": self.captions}
+        for button, run, own in ((self.check, checked, {}), (self.calibrate, calibrated, more)):
+            function = call_queue.wrap_gradio_gpu_call(answering(run, (*names, *own)), extra_outputs=[gr.update()])
             button.click(
                 fn=function,
-                inputs=[self.task, *found],
+                inputs=[self.task, *found, *own.values()],
                 outputs=[self.words, self.verdict],
                 show_progress=False,
                 **{JS: "memnoiseTask"},
@@ -208,21 +229,36 @@ def table(answer: dict[str, Any]) -> str:
             f"<td>{html.escape(image['verdict'])}</td></tr>"
         )
     rows = sum(image["rows"] for image in answer["images"])
-    notes = [f"Threshold {answer['threshold']:.4g}, first timestep {answer['timestep']:g}; {rows} network rows."]
+    notes = [f"{against(answer)}, first timestep {answer['timestep']:g}; {rows} network rows."]
     notes += [f"{note[:1].upper()}{note[1:]}." for note in answer["notes"]]
     said = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
     return f"<table class='memnoise-scores'>{''.join(lines)}</table>{said}"
 
 
+def against(answer: dict[str, Any]) -> str:
+    """What scores are compared with."""
+    known = answer["calibration"]
+    if known is None:
+        return "Not calibrated"
+    return f"Threshold {answer['threshold']:.4g}, of {known['text']} ({known['promise']})"
+
+
 def calibrated(given: dict[str, Any]) -> Answer:
-    """Calibrate the checkpoint at the tab's size, sampler and steps."""
+    """Calibrate the checkpoint at the tab's size, sampler and steps, with the prompts that were chosen."""
+    from lib_memnoise.host import calibrating
+
     wanted = ("width", "height", "sampler_name", "scheduler", "steps", "cfg_scale")
-    asked = request.parse({"prompts": ordinary_prompts(), **{name: given[name] for name in wanted if name in given}})
-    made = scoring.summary(scoring.calibrate(asked))
+    body = {name: given[name] for name in wanted if name in given}
+    source = next(name for name, label in SOURCE_LABELS.items() if label == given["source"])
+    if source == "own":
+        body["prompts"] = distinct((given["captions"] or "").splitlines(), MOST)
+    made = calibrating.answer(*calibrating.parse({**body, "source": source}))
+    notes = "".join(f"<p>{html.escape(note[:1].upper() + note[1:])}.</p>" for note in made["notes"])
     return [], (
-        f"<p>Calibrated at {made['width']}x{made['height']}, first timestep {made['timestep']}: "
-        f"{made['count']} ordinary prompts score {made['lowest']:.4g} to {made['highest']:.4g}, half of them above "
-        f"{made['median']:.4g}. A score above {made['threshold']:.4g} counts as memorised (1 % false positives).</p>"
+        f"<p>Calibrated at {made['width']}x{made['height']}: {made['text']} score {made['lowest']:.4g} to "
+        f"{made['highest']:.4g}, half of them above {made['median']:.4g}. A score above {made['threshold']:.4g} "
+        f"counts as memorised ({made['promise']}).</p>"
+        f"{notes}"
     )
 
 

@@ -32,6 +32,10 @@ class Unsupported(RuntimeError):
     """What memnoise cannot work with, in one sentence."""
 
 
+class NotCalibrated(Unsupported):
+    """A generation goes by a calibration that there is not."""
+
+
 def is_stopping() -> bool:
     """Whether nothing more is to be begun: interrupted, skipped, or asked to stop after the image at hand.
 

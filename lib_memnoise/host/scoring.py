@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from modules import call_queue, processing, scripts, sd_samplers, shared
+from modules import call_queue, extra_networks, processing, scripts, sd_samplers, shared
 from torch import Tensor
 
 from lib_memnoise import calibration
@@ -21,7 +21,7 @@ from lib_memnoise.calibration import Calibration
 from lib_memnoise.checkpointing import checkpointed
 from lib_memnoise.generation import ImageReport
 from lib_memnoise.host import calibrations, words
-from lib_memnoise.host.course import EmptyPrompt, checkpoint_preset, left_as_it_was, raise_if_unsupported
+from lib_memnoise.host.course import EmptyPrompt, left_as_it_was, raise_if_unsupported
 from lib_memnoise.host.gradients import first_attempt
 from lib_memnoise.host.network import load_checkpoint, network
 from lib_memnoise.host.predictor import Predictor, make_predictor
@@ -29,9 +29,11 @@ from lib_memnoise.host.refusals import Interrupted, Unsupported, is_stopping
 from lib_memnoise.host.request import BadRequest, Request
 from lib_memnoise.leanness import Lean, free_memory
 from lib_memnoise.prediction import magnitude
-from lib_memnoise.settings import PRESET_VALUES, Settings, size_factor
+from lib_memnoise.settings import Settings
 
 BATCH = 4
+RATE = 0.01
+"""Of false positives, where nothing else is said."""
 
 
 class Stopped(RuntimeError):
@@ -60,6 +62,10 @@ class ScoredImage:
     """Of the prompt, each with its part in the score, the largest of which is 1."""
 
 
+class Mixed(Exception):
+    """The host would hear these prompts otherwise together than each alone."""
+
+
 class Probe(processing.StableDiffusionProcessingTxt2Img):
     """A generation that ends where sampling would begin. Its pictures are empty ones."""
 
@@ -68,6 +74,9 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
     scored: list[ScoredImage]
 
     def sample(self, conditioning: Any, unconditional_conditioning: Any, *args: Any, **kwargs: Any) -> Any:
+        # It repeats the last token of the shorter ones, and the forks drop parts (AND) that not all have.
+        if len({form(parts) for parts in conditioning.batch}) > 1:
+            raise Mixed
         self.sampler = sd_samplers.create_sampler(self.sampler_name, self.sd_model)
         x = self.rng.next()
         reports = [ImageReport() for _ in x]
@@ -106,6 +115,11 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
         size = torch.linalg.vector_norm(gradient.float(), dim=2)
         texts = [text for i in range(len(x)) for text in words.step_texts(words.schedules(self.prompts[i], self.steps))]
         return words.merged(texts, size, owners, len(x))
+
+
+def form(parts: Sequence[Any]) -> tuple[Any, ...]:
+    """Of an encoded prompt: the weights of its parts, and the tokens of the longest at the first step."""
+    return *(part.weight for part in parts), max(words.vectors(part.schedules[0].cond).shape[-2] for part in parts)
 
 
 def raise_if_nothing_to_score() -> None:
@@ -156,6 +170,8 @@ def run_probe(request: Request, prompts: Sequence[str], seeds: Sequence[int]) ->
     p = make_processing(Probe, request, list(prompts) * (count if len(prompts) == 1 else 1), seeds)
     p.scripts, p.script_args = scripts.ScriptRunner(), []  # none at all: reForge asks it, so that it has to be there
     p.scored, p.wants_words = [], request.words
+    # The caches of conditions outlive requests; these conditions are not wanted again.
+    p.cached_c, p.cached_uc = [None] * len(p.cached_c), [None] * len(p.cached_uc)
     if is_stopping():
         raise Stopped("memnoise: interrupted.")
     with no_prompt_history():
@@ -192,80 +208,97 @@ def queued(job: str) -> Iterator[None]:
             shared.state.end()
 
 
-def calibrate(request: Request) -> Calibration:
-    """Score ordinary prompts and keep the result; nothing is kept if it is interrupted.
+def calibrate(request: Request, source: str = "built-in") -> tuple[Calibration, list[ScoredImage]]:
+    """Score ordinary prompts and keep the result, with where they come from; nothing is kept if it is interrupted.
+
+    Returns the calibration, and what it was made of. Extra networks in the prompts are left out: a calibration is the
+    checkpoint's.
 
     Raises:
         BadRequest, Unsupported, Stopped: see `score`. calibration.BadCalibration: scores that are no numbers.
     """
     raise_if_nothing_to_score()
-    prompts = request.prompts
+    prompts = calibration.distinct((extra_networks.parse_prompt(text)[0] for text in request.prompts), calibration.MOST)
     if len(prompts) < calibration.FEWEST:
         raise BadRequest(
-            f"memnoise: {len(prompts)} prompts are too few to calibrate with; it takes {calibration.FEWEST}."
+            f"memnoise: to calibrate it takes {calibration.FEWEST} different prompts; these are {len(prompts)}."
         )
     found: list[ScoredImage] = []
     shared.state.job_count = math.ceil(len(prompts) / BATCH)
     for start in range(0, len(prompts), BATCH):
+        shared.state.textinfo = f"Memnoise: calibrating the checkpoint, {start} of {len(prompts)} prompts"
         part = list(prompts[start : start + BATCH])
-        found += run_probe(request, part, list(range(start, start + len(part))))
+        seeds = list(range(start, start + len(part)))
+        try:
+            found += run_probe(request, part, seeds)
+        except Mixed:
+            found += [scored for prompt, seed in zip(part, seeds) for scored in run_probe(request, [prompt], [seed])]
     made = calibration.make(
-        calibrations.key(found[0].timestep, request.width, request.height), [scored.score for scored in found]
+        calibrations.key(found[0].timestep, request.width, request.height), [scored.score for scored in found], source
     )
     calibrations.store().save(made)
-    return made
+    return made, found
 
 
-def summary(made: Calibration) -> dict[str, Any]:
+def summary(made: Calibration, rate: float = RATE) -> dict[str, Any]:
     """A calibration without its scores, as JSON."""
     document = made.document()
-    scores = document.pop("scores")
+    scores, promise = document.pop("scores"), made.promise(rate)
     return {
         **document,
+        "text": str(made),
         "count": len(scores),
         "lowest": scores[0],
         "median": made.median,
         "highest": scores[-1],
-        "threshold": made.threshold(0.01),
+        "threshold": made.threshold(rate),
+        "false_positives": rate,
+        "false_positives_95": [promise.low, promise.high],
+        "promise": str(promise),
     }
 
 
-def verdict(score: float, threshold: float, known: Calibration | None) -> str:
+NOT_CALIBRATED = 'not calibrated, so that nothing can be told; "Calibrate checkpoint" finds what is high here'
+
+
+def verdict(score: float, rate: float, known: Calibration | None) -> str:
     """What a score says, in words."""
-    if score > threshold:
-        return "likely memorised: guidance pulls towards a training picture"
     if known is None:
-        return "nothing conspicuous, by uncalibrated numbers"
+        return NOT_CALIBRATED
+    if not score <= known.threshold(rate):
+        return "likely memorised: guidance pulls towards a training picture"
     return "ordinary" if known.percentile(score) <= 90 else "ordinary, among the higher scores"
 
 
-def answer(request: Request, rate: float = 0.01) -> dict[str, Any]:
-    """`score`, with what the calibration says of it, as JSON."""
+def answer(request: Request, rate: float = RATE) -> dict[str, Any]:
+    """`score`, with what the calibration says of it, as JSON. Without a calibration there is no verdict."""
     found = score(request)
-    factor = size_factor(4 * (request.height // 8) * (request.width // 8), calibrations.parameterization())
-    known, problem = calibrations.store().load(calibrations.key(found[0].timestep, request.width, request.height))
-    preset = checkpoint_preset()
-    threshold = known.threshold(rate) if known else PRESET_VALUES[preset]["threshold"] * factor
+    known, notes = calibrations.serving(found[0].timestep, request.width, request.height)
+    threshold = known.threshold(rate) if known else None
     images = [
         {
             "prompt": scored.prompt,
             "seed": scored.seed,
             "score": scored.score,
             "percentile": known.percentile(scored.score) if known else None,
-            "flagged": not scored.score <= threshold,
-            "verdict": verdict(scored.score, threshold, known),
+            "flagged": None if threshold is None else not scored.score <= threshold,
+            "verdict": verdict(scored.score, rate, known),
             "rows": scored.rows,
             **({"words": [list(pair) for pair in scored.words]} if request.words else {}),
         }
         for scored in found
     ]
-    notes = [problem] if problem else []
     if known is None:
-        notes.append("this checkpoint is not calibrated at this size and first timestep: the threshold is the preset's")
+        notes.append(
+            f"this checkpoint is not calibrated at {request.width}x{request.height} and first timestep "
+            f'{found[0].timestep:g}; "Calibrate checkpoint" on the page, POST /memnoise/v1/calibrate or '
+            f"python -m lib_memnoise calibrate does it once, for {2 * calibration.ORDINARY} network rows"
+        )
     return {
         "images": images,
         "threshold": threshold,
         "calibrated": known is not None,
+        "calibration": None if known is None else summary(known, rate),
         "timestep": found[0].timestep,
         "notes": notes,
     }

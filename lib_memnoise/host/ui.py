@@ -14,13 +14,23 @@ from modules.ui_components import FormGroup, InputAccordion
 from lib_memnoise.host.arguments import CONTROLS, SLOTS
 from lib_memnoise.host.page import JS, Page
 from lib_memnoise.mitigations import METHODS
-from lib_memnoise.settings import DEFAULTS, PRESET_VALUES, SPECS, from_infotext, is_used, preset_values, shown, type_of
+from lib_memnoise.settings import (
+    DEFAULTS,
+    PRESET_VALUES,
+    SPECS,
+    from_infotext,
+    is_open,
+    is_used,
+    preset_values,
+    shown,
+    type_of,
+)
 
 
 def initial(name: str) -> Any:
-    """A control's first value: the setting's default, else SD 1.x's."""
+    """A control's first value: the setting's default, else SD 1.x's; "" for what may stay open."""
     value = getattr(DEFAULTS, name)
-    return shown(name, PRESET_VALUES["sd1"][name] if value is None else value)
+    return "" if is_open(name) else shown(name, PRESET_VALUES["sd1"][name] if value is None else value)
 
 
 def control(name: str, elem_id: str) -> Any:
@@ -31,6 +41,8 @@ def control(name: str, elem_id: str) -> Any:
         return gr.Dropdown(choices=list(spec.choices.values()), **common)
     if type_of(name) is bool:
         return gr.Checkbox(**common)
+    if is_open(name):
+        return gr.Textbox(**common, placeholder="by the checkpoint's calibration", max_lines=1)
     if name == "lr":  # too fine for a slider
         return gr.Number(**common)
     return gr.Slider(minimum=spec.low, maximum=spec.high, step=spec.step, **common)
@@ -116,7 +128,8 @@ def restorer(name: str) -> Callable[[Mapping[str, Any]], Any]:
         if not given["enabled"]:
             return None
         # The host casts to the type of the first value, through float for whole numbers.
-        return type(initial(name))(shown(name, given[name]) if name in given else initial(name))
+        value = shown(name, given[name]) if name in given else initial(name)
+        return f"{value:g}" if is_open(name) and name in given else type(initial(name))(value)
 
     return restore
 

@@ -96,11 +96,11 @@ def auc(memorised: Values, control: Values) -> float:
     return float(found.statistic) / (memorised.size * control.size)
 
 
-def ordinary_subjects(count: int) -> list[Subject]:
-    """Captions as most training pictures have them, of scenes that no training set has."""
-    random = np.random.default_rng(7)
+def ordinary_subjects(count: int, seed: int = 7) -> list[Subject]:
+    """Captions as most training pictures have them, of scenes that no training set has; another seed draws others."""
+    random = np.random.default_rng(seed)
     found = []
-    for scene in validation_scenes(count, seed=7):
+    for scene in validation_scenes(count, seed=seed):
         caption = ordinary_caption(scene, random)
         true = {scene.colour, *scene.names}
         found.append(Subject(caption, tuple(word for word in words(caption) if word in true), None))

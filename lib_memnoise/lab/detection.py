@@ -159,6 +159,8 @@ class LeftAlone:
     unflagged_batches: int
     extra_rows: int
     """Network rows beyond those without mitigation, in these batches."""
+    promise: str
+    """What the calibration can promise (`calibration.Promise`)."""
 
 
 def left_alone(model: Miniature, *, batches: int = 6, size: int = 4, seed: int = 1) -> LeftAlone:
@@ -179,12 +181,13 @@ def left_alone(model: Miniature, *, batches: int = 6, size: int = 4, seed: int =
             unflagged += 1
             identical += int((found.latents == plain.latents).flatten(1).all(1).sum())
             extra += int((found.forward - plain.forward).sum())
-    return LeftAlone(batches * size, flagged, identical, unflagged, extra)
+    return LeftAlone(batches * size, flagged, identical, unflagged, extra, str(known.promise(RATE)))
 
 
 def left_alone_text(found: LeftAlone, size: int = 4) -> str:
     return (
-        f"Mitigating flagged images only: of {found.images} ordinary images {found.flagged} were flagged; in the "
+        f"Mitigating flagged images only ({found.promise}): of {found.images} ordinary images {found.flagged} were "
+        "flagged; in the "
         f"{found.unflagged_batches} batches of {size} without a flagged one {found.identical} of "
         f"{found.unflagged_batches * size} images are bit-identical to no mitigation, at {found.extra_rows} extra rows."
     )

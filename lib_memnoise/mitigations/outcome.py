@@ -164,13 +164,13 @@ class Choice:
 def choose(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Choice:
     """Evaluate Δ(x_T, T) once, by two network rows an image, and choose by it if the settings say so.
 
-    Chosen are the images whose score is above the threshold, and those whose score is not finite.
+    Chosen are the images whose score is above the threshold, and those whose score is not finite; all where there is no
+    threshold.
     """
     x = working_precision(x)
     known = Score(x, delta(x).to(x.dtype))
-    if settings.when != "flagged":
+    if settings.when != "flagged" or settings.threshold is None:
         return Choice(known, None, list(range(len(x))))
-    assert settings.threshold is not None
     threshold = settings.threshold * initial.factor(x)
     return Choice(known, threshold, [i for i, value in enumerate(known.values.tolist()) if not value <= threshold])
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lib_memnoise.mitigations import METHODS
-from lib_memnoise.settings import PRESETS, SPECS, requirement
+from lib_memnoise.settings import MITIGATED, PRESETS, SPECS, requirement
 from tests import browser
 from tests.browser import HostPage
 from tests.contract.conftest import Studio
@@ -394,7 +394,8 @@ def test_checking_a_prompt(page: HostPage) -> None:
     page.small()
     page.open()
     press(page, "check")
-    expect(verdict(page)).to_contain_text("Threshold")
+    expect(verdict(page)).to_contain_text("Not calibrated, first timestep")
+    expect(verdict(page)).to_contain_text("Calibrate checkpoint")
     row = verdict(page).locator("tr").nth(1)
     expect(row.locator("td").first).to_have_text("7")
     score = row.locator("td").nth(1).inner_text()
@@ -418,10 +419,51 @@ def test_calibrating(page: HostPage) -> None:
     page.small()
     page.open()
     press(page, "calibrate")
-    expect(verdict(page)).to_contain_text("Calibrated at 64x64")
+    expect(verdict(page)).to_contain_text("Calibrated at 64x64: 120 built-in prompts at timestep")
+    expect(verdict(page)).to_contain_text("1 % false positives asked; with 120 prompts 95 %: 0.021 % to 3.0 %")
     press(page, "check")
-    expect(verdict(page)).not_to_contain_text("not calibrated")
+    expect(verdict(page)).to_contain_text("of 120 built-in prompts at timestep")
     expect(verdict(page).locator("tr").nth(1).locator("td").nth(2)).not_to_be_empty()
+
+    expect(page.control("captions")).not_to_be_visible()
+    page.choose("source", "captions of my own")
+    page.field("captions").fill("a fox\na cat")
+    press(page, "calibrate")
+    expect(verdict(page).locator(".error")).to_contain_text("it takes 20 different prompts; these are 2.")
+    page.field("captions").fill("\n".join(f"a fox, with {k} balloons" for k in range(25)))
+    press(page, "calibrate")
+    expect(verdict(page)).to_contain_text("25 prompts of the user's own")
+    expect(verdict(page)).to_contain_text("If one of these is memorised, the threshold is too high")
+    page.choose("source", "my recent pictures' prompts")
+    expect(page.control("captions")).not_to_be_visible()
+    press(page, "calibrate")
+    expect(verdict(page)).to_contain_text("pictures of")  # as many as the host has saved
+    page.choose("source", "built-in prompts")
+    press(page, "calibrate")
+
+
+def test_a_threshold_is_typed_in_or_left_open(page: HostPage) -> None:
+    page.small()
+    page.open()
+    expect(page.control("threshold")).not_to_be_visible()
+    page.choose("when", MITIGATED["flagged"])
+    expect(page.field("threshold")).to_have_value("")
+    page.generate()
+    expect(page.infotext).to_contain_text("Memnoise when: flagged")
+    expect(page.infotext).to_contain_text("prompts at timestep")
+    page.type("threshold", "1000")
+    page.generate()
+    expect(page.infotext).to_contain_text("Memnoise threshold: 1000")
+    expect(page.infotext).to_contain_text("Memnoise mitigated: False")
+    page.type("threshold", "high")
+    page.generate()
+    expect(page.refusal).to_contain_text(
+        f'memnoise: threshold = "high" is not valid; it must be {requirement("threshold")}.'
+    )
+    page.paste(PICTURE + ", Memnoise: batch_wise, Memnoise when: flagged, Memnoise threshold: 2.5")
+    expect(page.field("threshold")).to_have_value("2.5")
+    page.paste(PICTURE + ", Memnoise: batch_wise, Memnoise when: flagged")
+    expect(page.field("threshold")).to_have_value("")
 
 
 def test_the_trace_is_plotted(page: HostPage) -> None:

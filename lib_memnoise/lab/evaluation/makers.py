@@ -249,6 +249,8 @@ class MiniatureMaker:
         settings = Settings()
         if request.settings is not None:
             settings = from_mapping({"enabled": True, **request.settings})
+            if settings.is_by_score:
+                raise OneSentence("the miniature has no calibration; when = flagged needs a threshold here.")
         seeds = [request.seed + k for k in range(request.count)]
         begin = time.perf_counter()
         found = generate(

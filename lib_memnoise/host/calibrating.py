@@ -1,0 +1,183 @@
+"""Calibrations: asked for, and made before a generation that needs one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from modules import devices, errors, sd_samplers, shared
+
+from lib_memnoise import calibration
+from lib_memnoise.calibration import ordinary_prompts
+from lib_memnoise.generation import Generation
+from lib_memnoise.host import calibrations, recent, request, scoring
+from lib_memnoise.host.arguments import Refusal
+from lib_memnoise.host.course import left_as_it_was, raise_if_unsupported, refuse
+from lib_memnoise.host.nested import host_set_aside
+from lib_memnoise.host.network import network
+from lib_memnoise.host.refusals import Unsupported
+from lib_memnoise.host.request import BadRequest, Request
+from lib_memnoise.host.scoring import Probe, ScoredImage, Stopped
+from lib_memnoise.memory import is_out_of_memory
+from lib_memnoise.settings import Settings
+from lib_memnoise.store import serves
+from lib_memnoise.wording import echo, meant
+
+MOST_RECENT = 240
+"""Prompts of recent pictures that are scored."""
+SHOWN = 3
+
+
+# Asked for
+
+
+def parse(body: Any) -> tuple[Request, str, list[str]]:
+    """A validated request for a calibration from JSON: what is scored, where it comes from, and notes on that.
+
+    `prompts` are the user's own; `source` is "recent" for those of recent pictures; else built-in ones are taken.
+    The rest is as in `request.parse`.
+
+    Raises:
+        BadRequest: see `request.parse`; sources that are none, or contradict each other.
+    """
+    if not isinstance(body, Mapping):
+        raise BadRequest(f"memnoise: the body = {echo(body)} is not valid; it must be a JSON object.")
+    given = {name: value for name, value in body.items() if name != "source"}
+    own = "prompts" in given or "prompt" in given
+    source = body.get("source", "own" if own else "built-in")
+    if not isinstance(source, str) or source not in calibration.SOURCES:
+        hint = meant(source, {name: name for name in calibration.SOURCES})
+        raise BadRequest(
+            f"memnoise: source = {echo(source)} is not valid{hint}; it must be one of {', '.join(calibration.SOURCES)}."
+        )
+    if own != (source == "own"):
+        rule = "needs prompts" if source == "own" else "takes no prompts beside its own"
+        raise BadRequest(f"memnoise: source = {source} {rule}.")
+    notes: list[str] = []
+    if source == "recent":
+        found = recent.prompts(MOST_RECENT)
+        notes = found.notes()
+        if len(found.prompts) < calibration.FEWEST:
+            raise BadRequest(
+                f"memnoise: to calibrate it takes {calibration.FEWEST} different prompts; " + "; ".join(notes) + "."
+            )
+        given["prompts"] = found.prompts
+    elif source == "built-in":
+        given["prompts"] = ordinary_prompts()
+    return request.parse(given, kind="calibration", without=(*request.OWN, "seed", "seeds", "words")), source, notes
+
+
+def answer(wanted: Request, source: str, notes: list[str]) -> dict[str, Any]:
+    """Calibrate, and say what came of it, as JSON; the caller holds the host's queue."""
+    made, scored = scoring.calibrate(wanted, source)
+    top = sorted(scored, key=lambda image: -image.score)[:SHOWN]
+    if source != "built-in":
+        notes = [*notes, "if one of these is memorised, the threshold is too high: " + ", ".join(map(shown, top))]
+    return {**scoring.summary(made), "notes": notes}
+
+
+def shown(image: ScoredImage) -> str:
+    prompt = " ".join(image.prompt.split())
+    return f"{image.score:.4g} “{prompt if len(prompt) <= 80 else prompt[:77] + '...'}”"
+
+
+# Before a generation
+
+
+def first_timestep(p: Any) -> float:
+    """T of a generation's first pass, before anything is sampled."""
+    with left_as_it_was(p):
+        sampler = sd_samplers.create_sampler(p.sampler_name, shared.sd_model)
+        return network().first_step(p, sampler, torch.zeros(1, 4, 1, 1, device=devices.device)).t
+
+
+def prepare(p: Any, generation: Generation) -> None:
+    """Have a calibration where a generation needs one, before it samples.
+
+    Where there can be none, all images are mitigated (`course.resolved`); a request with a preset that is made of it is
+    refused. If calibrating fails so does the request; if it is interrupted so is the request.
+    """
+    is_preset = generation.settings.preset == "calibrated"
+    if generation.settings.reference == "negative" and any(p.all_negative_prompts):
+        generation.remarks.append("scores are against the negative prompt, the calibration's against the empty one")
+    try:
+        raise_if_unsupported(generation.settings)
+        calibrate_for(p, generation)
+        if is_preset:
+            raise_if_second_pass_lacks_one(p, generation.settings)
+    except Unsupported as error:
+        if is_preset:
+            refuse(p, Refusal(f"memnoise: the preset calibrated cannot be used here: {error}."))
+        # Else the metadata say so.
+    except Stopped:
+        if shared.state.interrupted or shared.state.stopping_generation:
+            return  # the host makes no image
+        generation.remarks.append("the calibration of the checkpoint was skipped")
+        if is_preset:
+            refuse(p, Refusal("memnoise: the calibration that the preset calibrated is made of was skipped."))
+    except Exception as error:
+        refuse(p, RuntimeError(failure(error)))
+
+
+def calibrate_for(p: Any, generation: Generation) -> None:
+    """Calibrate the checkpoint for a generation's first pass, unless it is calibrated.
+
+    Raises:
+        Unsupported: what samples pure noise does not begin where this pass does. Stopped: the user did not want it.
+    """
+    if getattr(p, "firstpass_image", None) is not None and getattr(p, "enable_hr", False):
+        return  # a picture's hires pass on its own
+    t = first_timestep(p)
+    known, problems = calibrations.serving(t, p.width, p.height)
+    generation.remarks += problems
+    if known is not None:
+        return
+    wanted = Request(
+        tuple(ordinary_prompts()),
+        width=p.width,
+        height=p.height,
+        sampler_name=p.sampler_name,
+        scheduler=getattr(p, "scheduler", None) or "Automatic",
+        steps=p.steps,
+    )
+    begins = first_timestep(scoring.make_processing(Probe, wanted, [wanted.prompts[0]], [0]))
+    if not serves(round(begins), round(t)):
+        raise Unsupported(
+            f"the checkpoint is not calibrated at {p.width}x{p.height} and first timestep {t:g}, and that cannot be "
+            f"done: noise alone is sampled from timestep {begins:g} on"
+        )
+    with host_set_aside(p):
+        shared.state.job = "memnoise-calibration"
+        scoring.calibrate(wanted)
+
+
+def raise_if_second_pass_lacks_one(p: Any, settings: Settings) -> None:
+    """With `hires` the second pass's numbers come from a calibration as well, which is not made by itself."""
+    if not settings.hires or not getattr(p, "enable_hr", False) or getattr(p, "hr_checkpoint_info", None) is not None:
+        return
+    second = copy.copy(p)
+    second.extra_generation_params = dict(p.extra_generation_params)
+    second.calculate_target_resolution()
+    second.is_hr_pass = True
+    second.sampler_name = getattr(p, "hr_sampler_name", None) or p.sampler_name
+    second.scheduler = getattr(p, "hr_scheduler", None) or getattr(p, "scheduler", None)
+    t, width, height = first_timestep(second), second.hr_upscale_to_x, second.hr_upscale_to_y
+    known, _ = calibrations.serving(t, width, height)
+    if known is None:
+        raise Unsupported(
+            f"the checkpoint is not calibrated for the hires pass at {width}x{height} and first timestep {t:g}"
+        )
+
+
+def failure(error: Exception) -> str:
+    """Why calibrating failed, in a sentence."""
+    if isinstance(error, scoring.REFUSALS):
+        return scoring.said(error)
+    errors.report("memnoise: the checkpoint could not be calibrated", exc_info=True)
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if is_out_of_memory(error):
+        devices.torch_gc()
+        reason = "out of memory"
+    return f"memnoise: the checkpoint could not be calibrated: {reason}."
