@@ -157,12 +157,13 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
         place(p, generation, noise, outcome.x)
         t = predictor.step.t
         fill_reports(reports, outcome)
-        starts = starts_of(reports, settings)
+        starts = starts_of(reports, settings, t)
         for report, start in zip(reports, starts):
             if not report.left_alone:
                 report.used = {**outcome.used, "T": t}
             if start.tau < ALWAYS and not start.is_off(t):
-                report.note(f"guidance is never off: the first timestep {t:g} is not above tau {start.tau:g}")
+                name = "latest" if start.at_transition else "tau"
+                report.note(f"guidance is never off: the first timestep {t:g} is not above {name} {start.tau:g}")
             if not p.cfg_scale > 1 and not report.left_alone:
                 report.note(f"the CFG scale {p.cfg_scale:g} is no guidance, so there is none to hold back")
         network().gate(
@@ -183,9 +184,9 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
             fail_sampling(p, RuntimeError(next(iter(outcome.failed.values()))))
 
 
-def starts_of(reports: list[ImageReport], settings: Settings) -> list[Start]:
-    """When guidance starts, for every image of a batch; each pass needs its own."""
-    return [Start() if report.left_alone else make_start(settings) for report in reports]
+def starts_of(reports: list[ImageReport], settings: Settings, t: float) -> list[Start]:
+    """When guidance starts, for every image of a batch in a pass that begins at t; each pass needs its own."""
+    return [Start() if report.left_alone else make_start(settings, t) for report in reports]
 
 
 def is_asked_twice(p: Any, generation: Generation) -> bool:
@@ -221,8 +222,8 @@ def compare(
     """Trace the noise as drawn. If that fails the pictures come all the same, and say so."""
     try:
         trace_as_drawn(
-            p, x, noise, c, uc, predictor=predictor, starts=starts_of(reports, settings), reference=settings.reference,
-            empty=empty, reports=reports,
+            p, x, noise, c, uc, predictor=predictor, starts=starts_of(reports, settings, predictor.step.t),
+            reference=settings.reference, empty=empty, reports=reports,
         )  # fmt: skip
     except Interrupted:
         raise
@@ -264,6 +265,7 @@ def initial_of(p: Any, predictor: Predictor) -> Initial:
     """What a method may know of the batch besides its noise."""
     return Initial(
         parameterization(),
+        first=predictor.step.t,
         alpha_bar=network().alpha_bar(predictor.step.t),
         seeds=list(p.seeds),
         texts=list(p.hr_prompts if getattr(p, "is_hr_pass", False) else p.prompts),

@@ -14,13 +14,15 @@ from modules.ui_components import FormGroup, InputAccordion
 from lib_memnoise.host.arguments import CONTROLS, SLOTS
 from lib_memnoise.host.page import JS, Page
 from lib_memnoise.mitigations import METHODS
-from lib_memnoise.settings import DEFAULTS, PRESET_VALUES, SPECS, from_infotext, is_used, preset_values, shown, type_of
+from lib_memnoise.settings import DEFAULTS, SPECS, Settings, from_infotext, is_used, preset_values, shown, type_of
+
+CUSTOM = Settings(preset="custom").resolved("sd1")
 
 
 def initial(name: str) -> Any:
-    """A control's first value: the setting's default, else SD 1.x's."""
+    """A control's first value: the setting's default, else what Custom begins with."""
     value = getattr(DEFAULTS, name)
-    return shown(name, PRESET_VALUES["sd1"][name] if value is None else value)
+    return shown(name, getattr(CUSTOM, name) if value is None else value)
 
 
 def control(name: str, elem_id: str) -> Any:
@@ -115,6 +117,8 @@ def restorer(name: str) -> Callable[[Mapping[str, Any]], Any]:
         given, _ = from_infotext(params)
         if not given["enabled"]:
             return None
+        if "preset" not in given and any(SPECS[other].preset for other in given):
+            given["preset"] = "custom"  # elsewhere the page has no such value of its own
         # The host casts to the type of the first value, through float for whole numbers.
         return type(initial(name))(shown(name, given[name]) if name in given else initial(name))
 
@@ -165,7 +169,7 @@ def preset_line(preset: str, method: str) -> str:
     return ", ".join(
         f"{name} {values[name]}" + (" of the first" if name == "target" and values["target_kind"] == "fraction" else "")
         for name in names
-        if name != "target_kind" and (name, values[name]) != ("opposite", 0)
+        if name not in ("target_kind", "tau_of") and (name, values[name]) != ("opposite", 0)
     )
 
 

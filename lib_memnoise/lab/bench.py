@@ -284,6 +284,7 @@ def generate(
         _, first = SAMPLERS[sampler].first(x, steps)
         initial = Initial(
             model.parameterization,
+            first=first,
             alpha_bar=alpha_bar(round(first)),
             seeds=list(seeds) or list(range(len(x))),
             texts=captions,
@@ -303,7 +304,7 @@ def generate(
             outcome = way(x, delta, initial)
         adjusted = outcome.x
         network = network.hearing(captions, outcome.prompts)
-        starts = [make_start(settings) if i in flagged else Start() for i in range(len(x))]
+        starts = [make_start(settings, first) if i in flagged else Start() for i in range(len(x))]
     guided = Guided(network, starts, cfg, looking)
     latents = SAMPLERS[sampler].sample(guided, adjusted, steps, model.parameterization)
     with torch.no_grad():
