@@ -280,7 +280,8 @@ def generate(
     if settings.enabled:
         settings = settings.resolved(PRESETS[model.parameterization])
         delta = FirstDelta(network, sampler, steps)
-        flagged = list(range(len(x)))
+        # As in the WebUI, an image whose prompt is empty is left alone.
+        flagged = [i for i, caption in enumerate(captions) if caption.strip()]
         _, first = SAMPLERS[sampler].first(x, steps)
         initial = Initial(
             model.parameterization,
@@ -296,10 +297,12 @@ def generate(
 
         if settings.when == "flagged":
             choice = choose(x, delta, settings, initial)
-            flagged = choice.images
+            flagged = [i for i in flagged if i in choice.images]
             # With a gradient, what is known of the score is of no use.
             known = delta if METHODS[settings.method].needs_gradient else Scored(delta, choice.known)
             outcome = run_some(flagged, x, known, initial, way)
+        elif len(flagged) < len(x):
+            outcome = run_some(flagged, x, delta, initial, way)
         else:
             outcome = way(x, delta, initial)
         adjusted = outcome.x

@@ -107,6 +107,19 @@ def missed(reached: Tensor, steps: Tensor, what: str) -> dict[int, list[str]]:
     }
 
 
+def only_measures(settings: Settings) -> bool:
+    """Whether the method evaluates Δ(x_T, T) and, as it is set, changes nothing."""
+    s = settings
+    return {
+        "none": True,
+        "per_sample": s.max_steps == 0,
+        "prompt_embedding": s.max_steps == 0,
+        "sail": s.max_steps == 0 and s.redraws == 0,
+        "noise_selection": s.candidates == 1,
+        "divin": s.eta == 0,
+    }.get(s.method, False)
+
+
 def run(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
     """Mitigate by the chosen method; what every host and the command line call.
 

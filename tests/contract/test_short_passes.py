@@ -35,7 +35,7 @@ def same(studio: Studio, a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_guidance_is_held_back_with_any_sampler_and_steps(studio: Studio, sampler: str) -> None:
     for steps in (4, 8, 20, 50) if sampler != "DPM adaptive" else (4,):
-        run = studio.run({"method": "static", "preset": "sd1", "trace": "on"}, sampler_name=sampler, steps=steps)
+        run = studio.run({"method": "none", "guidance": "tau", "trace": "on"}, sampler_name=sampler, steps=steps)
         on = guided(studio, run)
         assert not on[0] and on[-1] and "never off" not in (run.read("Memnoise note") or ""), (steps, on)
 
