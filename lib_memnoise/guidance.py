@@ -62,11 +62,28 @@ class Start:
         return guidance_off(timestep, self.tau)
 
 
-def make_start(settings: Settings) -> Start:
-    """The start of guidance that resolved settings ask for."""
+def start_timestep(settings: Settings, first: float) -> tuple[float, float | None]:
+    """τ, or the latest timestep of a transition, in a pass that begins at the timestep `first`.
+
+    Args:
+        settings: resolved, with guidance that starts later than at the first step.
+
+    Returns:
+        The timestep; and what share of `first` it is, where it was taken as one: a pass that does not begin above a
+        preset's τ (few steps of DDIM, img2img) would never hold guidance back otherwise, and half the method be gone.
+    """
+    tau = settings.latest if settings.start == "transition" else settings.tau
+    assert tau is not None and settings.tau_of is not None
+    if settings.tau_of == 0 or guidance_off(first, tau):
+        return tau, None
+    share = tau / settings.tau_of
+    return share * first, share
+
+
+def make_start(settings: Settings, first: float) -> Start:
+    """The start of guidance that resolved settings ask for, in a pass that begins at the timestep `first`."""
     if settings.start == "first":
         return Start()
-    assert settings.tau is not None and settings.opposite is not None
-    if settings.start == "transition":
-        return Start(settings.latest, at_transition=True, opposite=settings.opposite)
-    return Start(settings.tau, opposite=settings.opposite)
+    assert settings.opposite is not None
+    tau, _ = start_timestep(settings, first)
+    return Start(tau, at_transition=settings.start == "transition", opposite=settings.opposite)

@@ -168,15 +168,27 @@ class Settings:
         preset=True,
         help="Guidance is off at timesteps above τ, whatever the sampler. 999: guidance from the first step.",
     )
-    latest: float = _setting(
-        700.0,
+    latest: float | None = _setting(
+        None,
         label="Transition at the latest at timestep",
         low=0,
         high=999,
         step=1,
         only=("guidance", "transition"),
+        preset=True,
         help="Guidance starts at the first local minimum of the image's ‖Δ‖, or here. Costs a network row an image in "
         "each step before.",
+    )
+    tau_of: float | None = _setting(
+        None,
+        label="First timestep that τ belongs to",
+        low=0,
+        high=999,
+        step=1,
+        only=("guidance", "tau", "transition"),
+        preset=True,
+        help="A pass that starts at or below τ (or the latest) would never wait: there guidance starts at as large a "
+        "share of the pass's own first timestep as τ is of this one. 0: at τ all the same.",
     )
     opposite: float | None = _setting(
         None,
@@ -399,6 +411,9 @@ class Settings:
             values["target_kind"] = "absolute"
         elif self.target_kind not in (None, values["target_kind"]):
             values["target"] = target_of_kind(self.target_kind, preset, self.method)
+        # When guidance starts is taken as it is where it was asked for.
+        if self.preset == "custom" or self.tau is not None or self.latest is not None:
+            values["tau_of"] = 0.0
         missing = {name: value for name, value in values.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 
@@ -416,7 +431,8 @@ class Settings:
             plain = dataclasses.replace(self, **nothing)
             if plain.resolved(preset, calibrated) == resolved:
                 return plain
-        return dataclasses.replace(resolved, preset="custom")
+        # Beside a τ in so many words none means 0.
+        return dataclasses.replace(resolved, preset="custom", tau_of=resolved.tau_of or None)
 
 
 SPECS: dict[str, Spec] = {f.name: f.metadata["spec"] for f in fields(Settings)}
@@ -427,10 +443,12 @@ DECIDING = ("method", *dict.fromkeys(spec.only[0] for spec in SPECS.values() if 
 SIGMA_MAX = 14.6146
 """Of SD's noise schedule, t = 999: the scale of the latents that an Euler sampler starts from."""
 
+# `tau_of` is the first timestep of the sampler and steps that τ was published for: DDIM's of 50 steps, and Euler's.
+# `latest` is our own.
 PRESET_VALUES: dict[str, dict[str, Any]] = {
     # Appendix B, DDIM.
     "sd1": {
-        "gamma": 0.7, "rho": 50.0, "steps": 2, "tau": 900.0,
+        "gamma": 0.7, "rho": 50.0, "steps": 2, "tau": 900.0, "tau_of": 981.0, "latest": 700.0,
         "lr": 0.01, "target": 0.9, "target_kind": "absolute", "max_steps": 100, "opposite": 0.0,
         "alpha": 0.05,
     },
@@ -439,13 +457,13 @@ PRESET_VALUES: dict[str, dict[str, Any]] = {
     # noise keeps its length, while ρ / σ_max leaves it at 0.92, and γ̃ as published brings it to 0.23 with noise of
     # twice its length (`benchmarks/sd2_units.py`). Targets are in v; the paper sweeps 5…20 and names no default.
     "sd2_v": {
-        "gamma": round(0.7 / SIGMA_MAX, 4), "rho": 30.0, "steps": 4, "tau": 917.449,
+        "gamma": round(0.7 / SIGMA_MAX, 4), "rho": 30.0, "steps": 4, "tau": 917.449, "tau_of": 999.0, "latest": 700.0,
         "lr": round(0.1 / SIGMA_MAX, 5), "target": 10.0, "target_kind": "absolute",
         "max_steps": 100, "opposite": 0.0, "alpha": 0.01,
     },
     # Checkpoints without published numbers (SDXL): SD1.4's, but the target relative to what the image starts from.
     "relative": {
-        "gamma": 0.7, "rho": 50.0, "steps": 2, "tau": 900.0,
+        "gamma": 0.7, "rho": 50.0, "steps": 2, "tau": 900.0, "tau_of": 981.0, "latest": 700.0,
         "lr": 0.01, "target": 0.5, "target_kind": "fraction", "max_steps": 100, "opposite": 0.0,
         "alpha": 0.05,
     },

@@ -183,6 +183,27 @@ def test_guidance_starts_at_each_images_own_transition_point(model: Miniature) -
         assert found.forward[image] == 2 * len(curve)  # hearing the prompt costs the row that guidance off saves
 
 
+def test_few_steps_begin_below_tau_and_wait_for_its_share(model: Miniature) -> None:
+    found = generate(model, Settings(enabled=True, method="static"), steps=4)  # 751, 501, 251
+    assert found.forward.tolist() == [5, 5] and found.outcome is not None
+    assert found.outcome.used["tau"] == 740  # 751 is above it
+    found = generate(model, Settings(enabled=True), steps=4)
+    assert found.outcome is not None and found.outcome.used["tau"] == pytest.approx(900 / 981 * 751)
+    assert found.forward.tolist() == [8 + 5, 8 + 5]
+    asked = generate(model, Settings(enabled=True, tau=900), steps=4)
+    assert asked.forward.tolist() == [8 + 6, 8 + 6]
+
+
+def test_an_empty_caption_is_left_alone(model: Miniature) -> None:
+    noise = bench.noises([1, 2])
+    plain = bench.generate(model, ["", CAPTIONS[1]], noise, Settings(), steps=10)
+    for settings in (Settings(enabled=True), Settings(enabled=True, when="flagged", threshold=0.0)):
+        found = bench.generate(model, ["", CAPTIONS[1]], noise, settings, steps=10)
+        assert torch.equal(found.noise[0], noise[0]) and not torch.equal(found.noise[1], noise[1])
+        torch.testing.assert_close(found.latents[0], plain.latents[0], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(found.latents[1], plain.latents[1], atol=0.01)
+
+
 def test_looking_changes_nothing(model: Miniature) -> None:
     plain, looked = (generate(model, comparison.COMPARED["batch-wise"], steps=10, looking=k) for k in (False, True))
     torch.testing.assert_close(plain.latents, looked.latents)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from lib_memnoise.guidance import Start, guidance_off, make_start, transition_point
+from lib_memnoise.mitigations.outcome import Initial, run
 from lib_memnoise.settings import from_mapping
+from tests.networks import SmallDelta, noise
 
 
 def euler_timesteps(steps: int = 50) -> torch.Tensor:
@@ -62,10 +66,56 @@ def test_a_second_look_at_one_timestep_is_not_a_step() -> None:
 
 def test_guidance_starts_as_the_settings_say() -> None:
     def start(**given: object) -> Start:
-        return make_start(from_mapping(given).resolved("sd1"))
+        return make_start(from_mapping(given).resolved("sd1"), 981)
 
     assert start() == Start(900)
     assert start(method="per_sample") == start(method="none") == start(guidance="first") == Start(999)
     assert start(method="none", guidance="tau", tau=860) == Start(860)
     assert start(guidance="transition", latest=640) == Start(640, at_transition=True)
     assert not start(method="none").is_off(999)
+
+
+@pytest.mark.parametrize(
+    ("first", "given", "preset", "expected"),
+    [
+        (981, {}, "sd1", 900),  # above τ it is what it is
+        (901, {}, "sd1", 900),
+        (900, {}, "sd1", 900 / 981 * 900),
+        (876, {}, "sd1", 900 / 981 * 876),  # DDIM with 8 steps
+        (999, {}, "sd2_v", 917.449),
+        (701, {}, "sd2_v", 917.449 / 999 * 701),
+        (601, {"method": "static"}, "sd1", 740 / 981 * 601),
+        (601, {"method": "per_sample"}, "sd1", 999),
+        (601, {"method": "per_sample", "guidance": "tau"}, "relative", 900 / 981 * 601),
+        (601, {"method": "dynamic"}, "sd1", 700 / 981 * 601),
+        (876, {"method": "dynamic"}, "sd1", 700),
+        # asked for in so many words
+        (876, {"tau": 900}, "sd1", 900),
+        (876, {"tau": 999}, "sd1", 999),
+        (876, {"preset": "custom"}, "sd1", 900),
+        (601, {"method": "dynamic", "latest": 700}, "sd1", 700),
+        (876, {"tau": 900, "tau_of": 990}, "sd1", 900 / 990 * 876),
+        (876, {"tau_of": 0}, "sd1", 900),
+        # another setting than τ is none of its business
+        (876, {"gamma": 0.1}, "sd1", 900 / 981 * 876),
+    ],
+)
+def test_a_pass_that_begins_below_a_preset_s_tau_waits_for_its_share(
+    first: float, given: dict[str, object], preset: str, expected: float
+) -> None:
+    settings = from_mapping(given).resolved(preset)
+    assert make_start(settings, first).tau == pytest.approx(expected)
+    used = run(noise(1), SmallDelta(), replace(settings, method="none", guidance=settings.start), Initial("eps", first))
+    if settings.start != "first":
+        assert used.used["tau" if settings.start == "tau" else "latest"] == make_start(settings, first).tau
+        relative = expected not in (settings.tau, settings.latest)
+        assert used.used.get("tau_share") == (pytest.approx(expected / first) if relative else None)
+
+
+@pytest.mark.parametrize("preset", ["sd1", "sd2_v", "relative"])
+@pytest.mark.parametrize("method", ["batch_wise", "static", "dynamic", "opposite_guidance"])
+def test_guidance_is_held_back_in_every_first_step(preset: str, method: str) -> None:
+    settings = from_mapping({"method": method}).resolved(preset)
+    for first in range(1, 1000):
+        start = make_start(settings, first)
+        assert start.is_off(first) and start.tau > 0.7 * first

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib_memnoise.lab.sampling import ddim_timesteps
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.settings import (
     DECIDING,
@@ -153,9 +154,30 @@ def test_malformed_infotext_is_reported_not_raised() -> None:
 
 def test_only_what_differs_is_written() -> None:
     assert to_infotext(from_mapping({"enabled": True}).pinned("sd1")) == {"Memnoise": "batch_wise"}
-    assert to_infotext(from_mapping({"tau": 900, "gamma": 0.7}).pinned("sd1")) == {"Memnoise": "batch_wise"}
+    assert to_infotext(from_mapping({"rho": 50, "gamma": 0.7}).pinned("sd1")) == {"Memnoise": "batch_wise"}
     text = to_infotext(from_mapping({"tau": 880}).pinned("sd1"))
     assert text["Memnoise preset"] == "custom" and text["Memnoise tau"] == 880
+
+
+@pytest.mark.parametrize("name", ["tau", "latest"])
+def test_a_timestep_that_was_asked_for_stays_one_in_metadata_and_others_stay_shares(name: str) -> None:
+    guidance = {"guidance": "tau" if name == "tau" else "transition"}
+    value = getattr(DEFAULTS.resolved("sd1"), name)
+    for given_, share in (
+        ({}, True),
+        ({"gamma": 0.5}, True),
+        ({name: value}, False),
+        ({name: value, "gamma": 0.5}, False),
+        ({name: value, "tau_of": 990}, True),
+        ({"preset": "custom"}, False),
+        ({"preset": "custom", "tau_of": 990}, True),
+    ):
+        settings = from_mapping({**guidance, **given_})
+        text = {key: str(text) for key, text in to_infotext(settings.pinned("sd1")).items()}
+        again = from_mapping(from_infotext(text)[0])
+        for one in (settings, again):
+            assert bool(one.resolved("sd1").tau_of) == share, (given_, text)
+            assert one.resolved("sd1").tau_of == settings.resolved("sd1").tau_of
 
 
 def test_presets_are_the_papers() -> None:
@@ -163,6 +185,8 @@ def test_presets_are_the_papers() -> None:
     assert (sd1.gamma, sd1.rho, sd1.steps, sd1.tau, sd1.lr, sd1.target) == (0.7, 50, 2, 900, 0.01, 0.9)
     sd2 = DEFAULTS.resolved("sd2_v")
     assert (sd2.steps, sd2.tau) == (4, 917.449)
+    # DDIM and Euler with 50 steps begin there.
+    assert (sd1.tau_of, sd2.tau_of) == (ddim_timesteps(50)[0], 999)
     for values in PRESET_VALUES.values():
         for name, value in values.items():
             assert check(name, value) == value

@@ -25,6 +25,7 @@ from lib_memnoise.generation import Generation, ImageReport, report_infotext
 from lib_memnoise.guidance import ALWAYS, Start, make_start
 from lib_memnoise.host import calibrations, traces, words
 from lib_memnoise.host.arguments import Refusal
+from lib_memnoise.host.blank import blank_images
 from lib_memnoise.host.calibrations import parameterization
 from lib_memnoise.host.drawn import trace_as_drawn
 from lib_memnoise.host.gate import GATE, Gate, remove
@@ -45,7 +46,7 @@ from lib_memnoise.host.rows import Cond
 from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.mitigations.descent import NoGradient
-from lib_memnoise.mitigations.outcome import Initial, Outcome, Scored, choose, run, run_some
+from lib_memnoise.mitigations.outcome import Initial, Outcome, Scored, choose, only_measures, run, run_some
 from lib_memnoise.settings import INFOTEXT, Settings, preset_for, size_factor, to_infotext
 
 LOOKS = "memnoise_looks"
@@ -160,6 +161,7 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
         if second_pass:
             settings = settings_of_second(generation, reports)
         with left_as_it_was(p):
+            leave_blank_alone(reports, blank_images(p, c, empty, settings.reference))
             shared.state.textinfo = "Memnoise: adjusting the noise"
             predictor = make_predictor(
                 p,
@@ -189,14 +191,15 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
         place(p, generation, noise, outcome.x)
         t = predictor.step.t
         fill_reports(reports, outcome)
-        starts = starts_of(reports, settings)
+        starts = starts_of(p, reports, settings, t)
         for report, start in zip(reports, starts):
             if not report.left_alone:
                 report.used = {**outcome.used, "T": t}
             if start.tau < ALWAYS and not start.is_off(t):
-                report.note(f"guidance is never off: the first timestep {t:g} is not above tau {start.tau:g}")
-            if not p.cfg_scale > 1 and not report.left_alone:
-                report.note(f"the CFG scale {p.cfg_scale:g} is no guidance, so there is none to hold back")
+                name = "latest" if start.at_transition else "tau"
+                report.note(f"guidance is never off: the first timestep {t:g} is not above {name} {start.tau:g}")
+            if not is_guided(p, settings) and not report.left_alone:
+                report.note(f"the CFG scale {cfg_scale(p):g} is no guidance, so there is none to hold back")
         network().gate(
             p,
             p.sampler.model_wrap_cfg,
@@ -239,9 +242,26 @@ def settings_of_second(generation: Generation, reports: list[ImageReport]) -> Se
     return replace(settings, when="always")
 
 
-def starts_of(reports: list[ImageReport], settings: Settings) -> list[Start]:
-    """When guidance starts, for every image of a batch; each pass needs its own."""
-    return [Start() if report.left_alone else make_start(settings) for report in reports]
+def leave_blank_alone(reports: list[ImageReport], blank: list[int]) -> None:
+    for image in blank:
+        reports[image].left_alone = True
+        reports[image].note("the prompt is empty, and there is nothing to adjust")
+
+
+def cfg_scale(p: Any) -> float:
+    """The pass's; the forks have one of its own for the hires pass."""
+    return float(p.hr_cfg if getattr(p, "is_hr_pass", False) and hasattr(p, "hr_cfg") else p.cfg_scale)
+
+
+def is_guided(p: Any, settings: Settings) -> bool:
+    """Whether there is guidance to hold back, or to turn around."""
+    return cfg_scale(p) > 1 or (settings.start != "first" and bool(settings.opposite))
+
+
+def starts_of(p: Any, reports: list[ImageReport], settings: Settings, t: float) -> list[Start]:
+    """When guidance starts, for every image of a batch in a pass that begins at t; each pass needs its own."""
+    guided = is_guided(p, settings)
+    return [make_start(settings, t) if guided and not report.left_alone else Start() for report in reports]
 
 
 def is_asked_twice(p: Any, generation: Generation) -> bool:
@@ -277,8 +297,8 @@ def compare(
     """Trace the noise as drawn. If that fails the pictures come all the same, and say so."""
     try:
         trace_as_drawn(
-            p, x, noise, c, uc, predictor=predictor, starts=starts_of(reports, settings), reference=settings.reference,
-            empty=empty, reports=reports,
+            p, x, noise, c, uc, predictor=predictor, starts=starts_of(p, reports, settings, predictor.step.t),
+            reference=settings.reference, empty=empty, reports=reports,
         )  # fmt: skip
     except Interrupted:
         raise
@@ -328,13 +348,14 @@ def doubts(known: Calibration | None, settings: Settings, where: str) -> list[st
 
 def is_measured_first(settings: Settings) -> bool:
     """Whether Δ(x_T, T) is evaluated for itself, before anything is adjusted."""
-    return settings.when == "flagged" or settings.method == "none"
+    return settings.when == "flagged" or only_measures(settings)
 
 
 def initial_of(p: Any, predictor: Predictor) -> Initial:
     """What a method may know of the batch besides its noise."""
     return Initial(
         parameterization(),
+        first=predictor.step.t,
         alpha_bar=network().alpha_bar(predictor.step.t),
         seeds=list(p.seeds),
         texts=list(p.hr_prompts if getattr(p, "is_hr_pass", False) else p.prompts),
@@ -346,9 +367,10 @@ def adjusted(
     noise: Tensor, predictor: Predictor, settings: Settings, reports: list[ImageReport], initial: Initial
 ) -> Outcome:
     """Score the images if that is asked for, and adjust those that are to be mitigated."""
+    images = [i for i, report in enumerate(reports) if not report.left_alone]
 
     def way(x: Tensor, delta: Any, initial: Initial) -> Outcome:
-        if not METHODS[settings.method].needs_gradient:
+        if not METHODS[settings.method].needs_gradient or only_measures(settings):
             return run(x, delta, settings, initial)
         # With a gradient, what is known of the score is of no use.
         asked = delta.inner if isinstance(delta, Scored) else delta
@@ -356,14 +378,23 @@ def adjusted(
         return run_leanly(x, asked, settings, initial)
 
     delta: Any = predictor
-    if is_measured_first(settings):
+    if is_measured_first(settings) and images:
         choice = choose(noise, predictor, settings, initial)
+        images = [i for i in images if i in choice.images]
         delta = Scored(predictor, choice.known)
         for i, report in enumerate(reports):
-            report.threshold, report.left_alone = choice.threshold, report.left_alone or i not in choice.images
-    elif not any(report.left_alone for report in reports):
-        return way(noise, predictor, initial)
-    return run_some([i for i, report in enumerate(reports) if not report.left_alone], noise, delta, initial, way)
+            report.threshold, report.left_alone = choice.threshold, i not in images
+    elif settings.when == "flagged":
+        for report in reports:
+            report.threshold = None if settings.threshold is None else settings.threshold * initial.factor(noise)
+    asked = dict(predictor.answers.of_image)
+    outcome = (
+        way(noise, delta, initial) if len(images) == len(reports) else run_some(images, noise, delta, initial, way)
+    )
+    if torch.equal(outcome.x, noise) and not outcome.prompts:
+        # Nothing is to change, to the bit: rows are only spared where they were evaluated as the host would.
+        predictor.answers.of_image = asked
+    return outcome
 
 
 def fill_reports(reports: list[ImageReport], outcome: Outcome) -> None:

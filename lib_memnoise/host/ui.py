@@ -16,8 +16,8 @@ from lib_memnoise.host.page import JS, Page
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.settings import (
     DEFAULTS,
-    PRESET_VALUES,
     SPECS,
+    Settings,
     from_infotext,
     is_open,
     is_used,
@@ -26,11 +26,13 @@ from lib_memnoise.settings import (
     type_of,
 )
 
+CUSTOM = Settings(preset="custom").resolved("sd1")
+
 
 def initial(name: str) -> Any:
-    """A control's first value: the setting's default, else SD 1.x's; "" for what may stay open."""
+    """A control's first value: the setting's default, else what Custom begins with; "" for what may stay open."""
     value = getattr(DEFAULTS, name)
-    return "" if is_open(name) else shown(name, PRESET_VALUES["sd1"][name] if value is None else value)
+    return "" if is_open(name) else shown(name, getattr(CUSTOM, name) if value is None else value)
 
 
 def control(name: str, elem_id: str) -> Any:
@@ -127,6 +129,8 @@ def restorer(name: str) -> Callable[[Mapping[str, Any]], Any]:
         given, _ = from_infotext(params)
         if not given["enabled"]:
             return None
+        if "preset" not in given and any(SPECS[other].preset for other in given):
+            given["preset"] = "custom"  # elsewhere the page has no such value of its own
         # The host casts to the type of the first value, through float for whole numbers.
         value = shown(name, given[name]) if name in given else initial(name)
         return f"{value:g}" if is_open(name) and name in given else type(initial(name))(value)
@@ -185,7 +189,7 @@ def preset_line(preset: str, method: str) -> str:
     return ", ".join(
         f"{name} {values[name]}" + (" of the first" if name == "target" and values["target_kind"] == "fraction" else "")
         for name in names
-        if name != "target_kind" and (name, values[name]) != ("opposite", 0)
+        if name not in ("target_kind", "tau_of") and (name, values[name]) != ("opposite", 0)
     )
 
 

@@ -296,10 +296,12 @@ def generate(
     if settings.enabled:
         settings = settings.resolved(PRESETS[model.parameterization])
         delta = FirstDelta(network, sampler, steps)
-        flagged = list(range(len(x)))
+        # As in the WebUI, an image whose prompt is empty is left alone.
+        flagged = [i for i, caption in enumerate(captions) if caption.strip()]
         _, first = SAMPLERS[sampler].first(x, steps)
         initial = Initial(
             model.parameterization,
+            first=first,
             alpha_bar=alpha_bar(round(first)),
             seeds=list(seeds) or list(range(len(x))),
             texts=captions,
@@ -311,15 +313,17 @@ def generate(
 
         if settings.when == "flagged":
             choice = choose(x, delta, settings, initial)
-            flagged = choice.images
+            flagged = [i for i in flagged if i in choice.images]
             # With a gradient, what is known of the score is of no use.
             known = delta if METHODS[settings.method].needs_gradient else Scored(delta, choice.known)
             outcome = run_some(flagged, x, known, initial, way)
+        elif len(flagged) < len(x):
+            outcome = run_some(flagged, x, delta, initial, way)
         else:
             outcome = way(x, delta, initial)
         adjusted = outcome.x
         network = network.hearing(captions, outcome.prompts)
-        starts = [make_start(settings) if i in flagged else Start() for i in range(len(x))]
+        starts = [make_start(settings, first) if i in flagged else Start() for i in range(len(x))]
     guided = Guided(network, starts, cfg, looking)
     latents = SAMPLERS[sampler].sample(guided, adjusted, steps, model.parameterization)
     with torch.no_grad():

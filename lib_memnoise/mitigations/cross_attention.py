@@ -15,9 +15,10 @@ def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> O
 
     Only the conditional rows are; the authors' code masks the padding of the unconditional row as well.
     """
-    prompt = Prompt(attention=Attention(settings.bos_scale, settings.mask_padding))
-    return Outcome(
-        working_precision(x),
-        used={"bos_scale": settings.bos_scale, "mask_padding": settings.mask_padding},
-        prompts=dict.fromkeys(range(len(x)), prompt),
+    outcome = Outcome(
+        working_precision(x), used={"bos_scale": settings.bos_scale, "mask_padding": settings.mask_padding}
     )
+    if settings.bos_scale != 1 or settings.mask_padding:
+        prompt = Prompt(attention=Attention(settings.bos_scale, settings.mask_padding))
+        outcome.prompts = dict.fromkeys(range(len(x)), prompt)
+    return outcome

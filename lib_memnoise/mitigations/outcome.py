@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.attention import Attention
+from lib_memnoise.guidance import ALWAYS, start_timestep
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.prediction import NORM_BOUND, Delta, magnitude, norm_ratio, select, working_precision
 from lib_memnoise.settings import Settings, size_factor
@@ -22,6 +23,8 @@ class Initial:
 
     parameterization: str
     """"eps" or "v": the network's native output, in which Δ is measured."""
+    first: float = ALWAYS
+    """T: the timestep of the first step."""
     alpha_bar: float = 0.0
     """ᾱ_T: the share of the clean picture's variance at the first timestep."""
     seeds: Sequence[int] = ()
@@ -104,6 +107,19 @@ def missed(reached: Tensor, steps: Tensor, what: str) -> dict[int, list[str]]:
     }
 
 
+def only_measures(settings: Settings) -> bool:
+    """Whether the method evaluates Δ(x_T, T) and, as it is set, changes nothing."""
+    s = settings
+    return {
+        "none": True,
+        "per_sample": s.max_steps == 0,
+        "prompt_embedding": s.max_steps == 0,
+        "sail": s.max_steps == 0 and s.redraws == 0,
+        "noise_selection": s.candidates == 1,
+        "divin": s.eta == 0,
+    }.get(s.method, False)
+
+
 def run(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
     """Mitigate by the chosen method; what every host and the command line call.
 
@@ -115,8 +131,10 @@ def run(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcom
     module = importlib.import_module(f"lib_memnoise.mitigations.{METHODS[settings.method].module or settings.method}")
     outcome: Outcome = module.mitigate(x, delta, settings, initial)
     if settings.start != "first":
-        name = "tau" if settings.start == "tau" else "latest"
-        outcome.used[name] = getattr(settings, name)
+        tau, share = start_timestep(settings, initial.first)
+        outcome.used["tau" if settings.start == "tau" else "latest"] = tau
+        if share is not None:
+            outcome.used["tau_share"] = share
         if settings.opposite:
             outcome.used["opposite"] = settings.opposite
 

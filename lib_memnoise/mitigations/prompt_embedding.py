@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.mitigations.descent import descend
-from lib_memnoise.mitigations.outcome import Initial, Outcome, Prompt, aimed, missed
+from lib_memnoise.mitigations.outcome import Initial, Outcome, Prompt, Scored, aimed, missed
 from lib_memnoise.prediction import Delta, PromptedDelta, magnitude, working_precision
 from lib_memnoise.settings import Settings
 
@@ -73,9 +73,19 @@ def _held(vectors: Tensor, fixed: Sequence[int]) -> Tensor:
 def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
     """`adjust` with resolved settings; an absolute target is scaled to the size of the latent."""
     assert settings.lr is not None and settings.max_steps is not None
-    if not isinstance(delta, PromptedDelta):
+    if not isinstance(delta.inner if isinstance(delta, Scored) else delta, PromptedDelta):
         raise RuntimeError("the prompt's vectors cannot be reached")
     target, used = aimed(settings, initial.factor(x))
+    if settings.max_steps == 0:
+        with torch.no_grad():
+            before = magnitude(delta(x).float())
+        reached = before < (target(before) if callable(target) else target)
+        steps = torch.zeros(len(x), dtype=torch.long)
+        return Outcome(
+            working_precision(x), before=before, after=before, steps=steps, used={"lr": settings.lr, "target": used},
+            notes=missed(reached, steps, "vectors"),
+        )  # fmt: skip
+    assert isinstance(delta, PromptedDelta)
     result = adjust(
         x, delta, lr=settings.lr, target=target, max_steps=settings.max_steps, weight_decay=settings.weight_decay,
         fixed=delta.fixed,

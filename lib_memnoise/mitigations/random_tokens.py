@@ -47,6 +47,8 @@ def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> O
     if not vocabulary:
         raise RuntimeError("random tokens need a text encoder whose vocabulary can be read, and none was found")
     outcome = Outcome(working_precision(x), used={"tokens": count})
+    if count == 0:
+        return outcome
     for image, text in enumerate(initial.texts):
         outcome.prompts[image] = Prompt(text=insert(text, vocabulary, count, initial.generator(image))[0])
     return outcome

@@ -122,7 +122,7 @@ PROMPTS: dict[str, dict[str, Any]] = {
     "AND, long": {"prompt": "a fox AND " + "snow, " * 80},
     "weight": {"prompt": "a fox :0.4"},
     "editing": {"prompt": "a [fox:dog:0.5] in [snow|rain]", "negative_prompt": "[blurry:ugly:0.4]"},
-    "empty": {"prompt": ""},
+    "empty": {"prompt": "", "negative_prompt": "blurry"},
     "CFG 1": {"cfg_scale": 1},
     "pad": {"prompt": "a fox, " * 60, "options": {"pad_cond_uncond": True}},
     "pad, negative": {
@@ -151,8 +151,13 @@ def check_prompt(studio: Studio, payload: dict[str, Any]) -> None:
     plain = studio.run(**payload)
     assert same(plain, studio.run(NOTHING, **payload))
 
-    # Off follows the empty prompt whatever the negative one is; NGMS and "skip early" must not get in between.
     off = studio.run(UNCONDITIONAL, **payload)
+    if payload.get("prompt") == "" or payload.get("cfg_scale") == 1:
+        # There is no guidance to hold back.
+        for settings in (UNCONDITIONAL, {**UNCONDITIONAL, "reference": "negative"}):
+            assert same(plain, studio.run(settings, **payload))
+        return
+    # Off follows the empty prompt whatever the negative one is; NGMS and "skip early" must not get in between.
     alone = {**payload, "cfg_scale": 0, "negative_prompt": "", "s_min_uncond": 0}
     with studio.options({"skip_early_cond": 0}):
         assert close(off.pictures[0], studio.run(**alone).pictures[0]) <= ROUNDING

@@ -128,7 +128,9 @@ def test_reuse_and_costs(studio: Studio) -> None:
     per_sample = studio.run({"method": "per_sample", "target": 0.8, "target_kind": "fraction"}, **payload())
     steps = per_sample.number("steps taken")
     assert steps > 0 and per_sample.number("rows") == nothing.number("rows") + 2 * steps
-    assert studio.run(BATCH_WISE, **payload()).number("rows") == nothing.number("rows") + 8
+    # The pass begins below τ = 900, and waits for its share: one step.
+    assert studio.run(BATCH_WISE, **payload()).number("rows") == nothing.number("rows") + 8 - 1
+    assert studio.run({**BATCH_WISE, "tau": 900}, **payload()).number("rows") == nothing.number("rows") + 8
 
 
 def test_noise_as_drawn_beside_it(studio: Studio) -> None:
