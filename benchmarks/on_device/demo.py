@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,17 +16,14 @@ from numpy.typing import NDArray
 from on_device.precision import exact
 from on_device.run import Run
 
+if TYPE_CHECKING:
+    from lib_memnoise.lab.study import Batch, Images
+
 PACKAGES = ("safetensors", "PIL")
-BATCH = 32
+IMAGES = 4
+BATCH = 4
+"""On the CPU, where one process takes a batch."""
 RESAMPLES = 4000
-
-
-@dataclass(frozen=True)
-class Found:
-    similarity: NDArray[np.float32]
-    """`(subjects, images)`."""
-    copied: NDArray[np.bool_]
-    seconds: float
 
 
 def measure(run: Run) -> None:
@@ -32,38 +31,86 @@ def measure(run: Run) -> None:
     if missing:
         run.skip("miniature", "the demo", f"{' and '.join(missing)} not installed")
         return
+    from lib_memnoise.lab import study
     from lib_memnoise.lab.comparison import COMPARED
-    from lib_memnoise.lab.study import subjects
+    from lib_memnoise.lab.workers import Workers
+    from lib_memnoise.miniature.model import load_miniature
 
-    chosen = subjects(memorised=True, held_out=True)
-    images, methods = 2, dict(COMPARED)
+    chosen = study.subjects(memorised=True, held_out=True)
+    images, methods, processes = IMAGES, dict(COMPARED), max(1, (os.cpu_count() or 1) - 2)
     if run.small:
-        chosen, images, methods = chosen[:1], 1, {name: COMPARED[name] for name in ("none", "batch-wise")}
+        chosen, images, methods, processes = chosen[:1], 1, {name: COMPARED[name] for name in ("none", "batch-wise")}, 1
     kinds = [torch.float32] if run.small else [torch.float32, torch.float16]
-    rows: dict[torch.dtype, list[dict[str, Any]]] = {dtype: [] for dtype in kinds}
-    took = 0.0
-    for name, settings in methods.items():
-        if run.late(took):
-            run.skip("miniature", f"the demo, {name}", "the time for this part was used up")
-            continue
-        begun = run.elapsed
-        with exact():
-            reference = study(run, chosen, settings, images, "cpu", torch.float32)
-            for dtype in kinds:
-                rows[dtype].append(row(name, reference, study(run, chosen, settings, images, run.device, dtype)))
-        took = run.elapsed - begun
-        run.say(f"{name}: {reference.seconds:.1f} s on the CPU, {took - reference.seconds:.1f} s here")
-    for dtype in kinds:
-        remarks = [
-            f"{len(chosen)} prompts, {images} images each, noise drawn on the CPU. The interval is of the mean "
-            "difference in similarity, here less CPU, by a bootstrap over prompts. Same verdict: images that are "
-            "copies in both or in neither. The autoencoder is in float32."
-        ]
-        run.record("miniature", "the demo", {"rows": rows[dtype], "remarks": remarks}, str(dtype).split(".")[1])
+    began = time.perf_counter()
+    with one_thread(), Workers(load_miniature(), processes) as workers:
+        # Meanwhile, the GPU is asked from this process.
+        waiting = {
+            name: [workers.submit(study.part, batch) for batch in batches(run, chosen, images, settings, BATCH)]
+            for name, settings in methods.items()
+        }
+        here: dict[torch.dtype, dict[str, Images]] = {}
+        for dtype in kinds:
+            model = load_miniature().to(run.device, dtype)
+            with exact():
+                here[dtype] = {
+                    name: study.collected(
+                        chosen,
+                        images,
+                        [
+                            study.part(model, batch)
+                            for batch in batches(run, chosen, images, settings, len(chosen) * images)
+                        ],
+                    )
+                    for name, settings in methods.items()
+                }
+            run.say(f"the miniature in {dtype}: {time.perf_counter() - began:.1f} s since the part began")
+        reference = {
+            name: study.collected(chosen, images, [future.result() for future in futures])
+            for name, futures in waiting.items()
+        }
+    run.say(f"the CPU's {processes} process(es): {time.perf_counter() - began:.1f} s since the part began")
+    remarks = [
+        f"{len(chosen)} prompts, {images} images each, noise drawn on the CPU. Similarity is to the nearest memorised "
+        "picture. The interval is of the mean difference in similarity, here less CPU, by a bootstrap over prompts. "
+        "Same verdict: images that are copies in both or in neither. The autoencoder is in float32, and float32 is not "
+        "TF32."
+    ]
+    for dtype, found in here.items():
+        rows = [row(name, reference[name], found[name]) for name in methods]
+        run.record("miniature", "the demo", {"rows": rows, "remarks": remarks}, str(dtype).split(".")[1])
 
 
-def row(name: str, cpu: Found, here: Found) -> dict[str, Any]:
-    difference = here.similarity - cpu.similarity
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def batches(run: Run, chosen: Any, images: int, settings: Any, size: int) -> list[Batch]:
+    from lib_memnoise.lab import study
+
+    every = [(s, i) for s in range(len(chosen)) for i in range(images)]
+    steps = 5 if run.small else study.STEPS
+    return [
+        study.Batch(
+            tuple(chosen[s] for s, _ in part),
+            tuple(study.seed_of(s, i, 0) for s, i in part),
+            settings,
+            "DDIM",
+            steps,
+            False,
+            None,
+        )
+        for part in (every[start : start + size] for start in range(0, len(every), size))
+    ]
+
+
+def row(name: str, cpu: Images, here: Images) -> dict[str, Any]:
+    difference: NDArray[Any] = here.similarity - cpu.similarity
     random = np.random.default_rng(0)
     drawn = random.integers(0, len(difference), (RESAMPLES, len(difference)))
     low, high = np.quantile(difference.mean(1)[drawn].mean(1), [0.025, 0.975])
@@ -77,28 +124,6 @@ def row(name: str, cpu: Found, here: Found) -> dict[str, Any]:
         "difference": float(difference.mean()),
         "interval": f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}], at most {np.abs(difference).max():.3f}",
         "agree": f"{agree} of {difference.size}",
-        "seconds cpu": cpu.seconds,
-        "seconds": here.seconds,
+        "rows": f"{float(here.forward.mean()):.1f} + {float(here.backward.mean()):.1f}",
+        "rows cpu": f"{float(cpu.forward.mean()):.1f} + {float(cpu.backward.mean()):.1f}",
     }
-
-
-def study(run: Run, chosen: Any, settings: Any, images: int, device: str, dtype: torch.dtype) -> Found:
-    """As `lab.study.study`, on a device: every image's similarity to the nearest memorised picture."""
-    from lib_memnoise.lab import bench
-    from lib_memnoise.lab.study import likeness, seed_of
-    from lib_memnoise.miniature.model import load_miniature
-    from lib_memnoise.miniature.yardsticks import COPIED
-
-    started = time.perf_counter()
-    model = load_miniature().to(device, dtype)
-    every = [(s, i) for s in range(len(chosen)) for i in range(images)]
-    found = []
-    for start in range(0, len(every), BATCH):
-        part = every[start : start + BATCH]
-        seeds = [seed_of(s, i, 0) for s, i in part]
-        captions = [chosen[s].caption for s, _ in part]
-        steps = 5 if run.small else bench.STEPS
-        made = bench.generate(model, captions, bench.noises(seeds).to(device), settings, seeds=seeds, steps=steps)
-        found += likeness(model.decode(made.latents).cpu()).amax(1).tolist()
-    alike = np.array(found, dtype=np.float32).reshape(len(chosen), images)
-    return Found(alike, alike > COPIED, time.perf_counter() - started)

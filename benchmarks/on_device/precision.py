@@ -22,23 +22,26 @@ RHOS = (0.5, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0)
 """Of the published 50, at 512 px."""
 LENGTH = 0.01
 """How far ‖Δ‖ may be from that of float32."""
-ANGLE = {"float16": 5.0, "bfloat16": 30.0}
-"""How many degrees the displacement at the published ρ may be from that of float32."""
+ANGLE = {"float16": 20.0}
+"""How many degrees the displacement at the published ρ may be from that of float32. None is stated for bfloat16, whose
+rounding is as large as what a prompt of this ‖Δ‖ adds to the network's output."""
 STEPS = 8
-BATCH = 2
+MORE = 4
+"""Steps that are waited for the target in half precision."""
 
 
 @dataclass(frozen=True)
 class Case:
     shape: str
     size: int
+    batch: int
     descends: bool
     """The number of steps is compared too."""
     seconds: float
 
 
-CASES = (Case("SD 1.4", 64, True, 8), Case("SDXL", 128, True, 25), Case("SD 1.4", 128, False, 10))
-SMALL = (Case("small", 8, True, 10),)
+CASES = (Case("SD 1.4", 64, 2, True, 10), Case("SD 1.4", 128, 2, False, 8), Case("SDXL", 128, 1, True, 25))
+SMALL = (Case("small", 8, 2, True, 10),)
 
 
 @contextlib.contextmanager
@@ -101,7 +104,7 @@ def losses(model: Model, x: Tensor) -> list[Tensor]:
 
 
 def steps_to(model: Model, x: Tensor, target: Tensor) -> list[int]:
-    found = per_sample.adjust(x, delta_of(model), lr=0.01, target=lambda _: target, max_steps=3 * STEPS)
+    found = per_sample.adjust(x, delta_of(model), lr=0.01, target=lambda _: target, max_steps=STEPS + MORE)
     return [int(value) for value in found.steps]
 
 
@@ -119,8 +122,8 @@ def measure(run: Run) -> None:
 
 
 def measure_case(run: Run, case: Case, name: str) -> None:
-    full = make_model(case.shape, case.size, BATCH, run.device, torch.float32)
-    x = noise(BATCH, case.size, run.device)
+    full = make_model(case.shape, case.size, case.batch, run.device, torch.float32)
+    x = noise(case.batch, case.size, run.device)
     with torch.no_grad():
         delta = delta_of(full)(x)
     moved = {rho: displaced(full, x, rho) for rho in (RHOS[5:] if run.small else RHOS)}
@@ -162,7 +165,7 @@ def compare(
             "what": f"displacement at ρ = {rho:g}, degrees; length in float32's",
             "found": f"{turned:.2f}; {longer:.3f}",
         }
-        if rho == RHO:
+        if rho == RHO and kind in ANGLE:
             row |= {"bound": ANGLE[kind], "within": turned <= ANGLE[kind]}
         rows.append(row)
     rows.append(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -105,12 +106,20 @@ class Run:
 
     @contextlib.contextmanager
     def part(self, name: str, share: float) -> Iterator[None]:
-        """A part that may take this share of the budget, and what earlier parts have left of theirs is its own too."""
+        """A part that plans for so many seconds, and is stopped by a TimeoutError where it takes a third more."""
         begun = self.elapsed
-        self.say(f"{name} begins, with {share:.0f} s at most")
+        self.say(f"{name} begins, with {share:.0f} s")
         self.deadline = begun + share
+
+        def stop(*_: Any) -> None:
+            raise TimeoutError(f"took longer than {share * 4 / 3:.0f} s")
+
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, 0 if self.small else share * 4 / 3)
         try:
             yield
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
             self.say(f"{name} took {self.elapsed - begun:.1f} s")
             sys.stdout.flush()

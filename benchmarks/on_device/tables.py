@@ -90,16 +90,26 @@ TABLES: dict[str, Any] = {
         ("method", "sampler", "optimiser", "adjustment", "place"),
     ),
     "memory": generic(
-        ("limit, MB", "tried", "ended", "as without a limit", "allocated before", "after"),
-        ("limit", "tried", "ended", "same", "before", "after"),
+        ("limit, MB", "meant to end", "tried", "ended", "as without a limit", "allocated before", "after"),
+        ("limit", "wanted", "tried", "ended", "same", "before", "after"),
     ),
     "precision": generic(
         ("what", "found", "bound", "within"),
         ("what", "found", "bound", "within"),
     ),
     "miniature": generic(
-        ("method", "copied, CPU", "copied, here", "similarity, CPU", "here", "difference, 95 %", "same verdict"),
-        ("method", "copied cpu", "copied", "similarity cpu", "similarity", "interval", "agree"),
+        (
+            "method",
+            "copied, CPU",
+            "copied, here",
+            "similarity, CPU",
+            "here",
+            "difference, 95 %",
+            "same verdict",
+            "rows, CPU",
+            "rows, here",
+        ),
+        ("method", "copied cpu", "copied", "similarity cpu", "similarity", "interval", "agree", "rows cpu", "rows"),
     ),
 }
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.memory import is_out_of_memory
-from on_device.methods import CALLS, METHODS, NONE, Made, Method, generate, guided_calls
+from on_device.methods import CALLS, METHODS, NONE, OFF, Made, Method, generate, guided_calls
 from on_device.run import Run
 from on_device.shapes import make_model, noise
 
-TAIL = 4
+TAIL = 6
 """Guided calls that are timed for all those that no method changes."""
 
 
@@ -28,37 +28,44 @@ class Cell:
     """Of the latent."""
     dtype: str
     batch: int
-    calls: int
-    """Calls of the sampler that are made of its 49. All methods do the others alike: they are timed once."""
+    whole: bool = False
+    """All 49 calls of the sampler are made by every method. Else those that are guided in every method are timed once
+    for all."""
     share: int = 1
     """Only one in so many steps of an adjustment is taken, and its time multiplied."""
-    turns: int = 3
+    turns: int = 1
     seconds: float = 20.0
     """No further turn is begun that would end later."""
 
     @property
     def name(self) -> str:
-        way = "whole" if self.calls == CALLS else f"first {self.calls} calls"
-        return f"{self.shape}, {8 * self.size} px, {self.dtype}, batch {self.batch}, {way}"
+        name = f"{self.shape}, {8 * self.size} px, {self.dtype}, batch {self.batch}"
+        return name + (", every call" if self.whole else "")
+
+    def calls(self, method: Method) -> int:
+        """Calls of the sampler that are made: those with guidance off, and one with it on."""
+        return CALLS if self.whole else 1 + OFF * method.late
 
 
 CELLS = (
-    Cell("SD 1.4", 64, "float16", 1, CALLS, turns=3, seconds=26),
-    Cell("SD 1.4", 64, "float16", 4, 6, turns=3, seconds=16),
-    Cell("SDXL", 128, "float16", 1, 6, turns=3, seconds=16),
-    Cell("SDXL", 128, "float16", 4, 6, share=4, turns=2, seconds=22),
-    Cell("SD 1.4", 64, "bfloat16", 1, 6, turns=3, seconds=8),
-    Cell("SD 1.4", 64, "bfloat16", 4, 6, turns=2, seconds=12),
-    Cell("SD 1.4", 64, "float32", 1, 6, turns=2, seconds=9),
-    Cell("SD 1.4", 64, "float32", 4, 6, share=2, turns=2, seconds=12),
-    Cell("SDXL", 128, "bfloat16", 1, 6, turns=2, seconds=10),
-    Cell("SDXL", 128, "bfloat16", 4, 6, share=4, turns=1, seconds=13),
-    Cell("SDXL", 128, "float32", 1, 6, share=2, turns=1, seconds=12),
-    Cell("SDXL", 128, "float32", 4, 6, share=4, turns=1, seconds=25),
+    Cell("SD 1.4", 64, "float16", 1, whole=True, turns=3, seconds=38),
+    Cell("SD 1.4", 64, "float16", 1, turns=7, seconds=12),
+    Cell("SD 1.4", 64, "float16", 4, turns=5, seconds=13),
+    Cell("SDXL", 128, "float16", 1, turns=3, seconds=15),
+    Cell("SDXL", 128, "float16", 4, share=4, turns=2, seconds=18),
+    Cell("SD 1.4", 64, "bfloat16", 1, turns=5, seconds=8),
+    Cell("SD 1.4", 64, "bfloat16", 4, turns=3, seconds=9),
+    Cell("SD 1.4", 64, "float32", 1, turns=3, seconds=8),
+    Cell("SD 1.4", 64, "float32", 4, share=2, turns=2, seconds=10),
+    Cell("SDXL", 128, "bfloat16", 1, turns=2, seconds=10),
+    Cell("SDXL", 128, "bfloat16", 4, share=4, turns=1, seconds=12),
+    Cell("SDXL", 128, "float32", 1, share=2, turns=1, seconds=10),
+    Cell("SDXL", 128, "float32", 4, share=4, turns=1, seconds=28),
 )
+"""The most telling first: what there is no time for is not measured."""
 SMALL = (
-    Cell("small", 8, "float32", 1, CALLS, turns=1),
-    Cell("small", 8, "float32", 2, 6, share=4, turns=1),
+    Cell("small", 8, "float32", 1, whole=True, turns=1),
+    Cell("small", 8, "float32", 2, share=4, turns=2),
 )
 
 
@@ -114,20 +121,28 @@ def measure_cell(run: Run, cell: Cell) -> dict[str, Any]:
             work = method.work // cell.share
 
             def head(method: Method = method, work: int = work) -> None:
-                made[method.name] = generate(model, x, method, work=work, calls=cell.calls)
+                made[method.name] = generate(model, x, method, work=work, calls=cell.calls(method))
 
             heads[method.name] = seconds(run, head)
-        rest = CALLS - cell.calls
-        tail = seconds(run, lambda: guided_calls(model, x, TAIL)) / TAIL * rest if rest else 0.0
-        turns.append((heads, tail))
+        call = 0.0 if cell.whole else seconds(run, lambda: guided_calls(model, x, TAIL)) / TAIL
+        turns.append((heads, call))
         took = time.perf_counter() - begun
     return {
         "turns": len(turns),
-        "seconds of none": spread([heads["none"] + tail for heads, tail in turns]),
+        "seconds of none": spread([total(cell, NONE, *turn) for turn in turns]),
         "weights, MB": model.weights / 1e6,
         "methods": {method.name: figures(method, cell, turns, memory, made[method.name]) for method in methods}
         | failed,
     }
+
+
+def total(cell: Cell, method: Method, heads: dict[str, float], call: float) -> float:
+    """Seconds of an image, or a batch of them. `call`: those of a guided call of the sampler."""
+    seconds = heads[method.name] + (CALLS - cell.calls(method)) * call
+    if method.work:
+        # Of the adjustment only a part was done.
+        seconds += (cell.share - 1) * (heads[method.name] - heads["none"])
+    return seconds
 
 
 def figures(
@@ -137,13 +152,8 @@ def figures(
     memory: dict[str, float],
     made: Made,
 ) -> dict[str, Any]:
-    ratios = []
-    share = cell.share if method.work else 1
-    for heads, tail in turns:
-        none = heads["none"]
-        ratios.append((none + share * (heads[method.name] - none) + tail) / (none + tail))
-    work = method.work // cell.share
-    forward, backward = method.rows(work, cell.calls)
+    ratios = [total(cell, method, *turn) / total(cell, NONE, *turn) for turn in turns]
+    forward, backward = method.rows(method.work // cell.share, cell.calls(method))
     whole = method.rows(method.work, CALLS)
     return {
         "time": spread(ratios),
@@ -156,7 +166,7 @@ def figures(
         "backward rows counted": made.backward,
         "backward rows documented": backward,
         "finite": bool(torch.isfinite(made.latents).all()),
-        "one in so many steps taken": share,
+        "one in so many steps taken": cell.share if method.work else 1,
         "target": {"time": method.time, "memory": method.memory},
         "paper": method.paper,
         "prototype": method.prototype,
@@ -179,7 +189,7 @@ def peaks(run: Run, model: Any, x: Tensor) -> tuple[dict[str, float], list[Metho
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
-            generate(model, x, method, work=min(method.work, 1), calls=2)
+            generate(model, x, method, work=min(method.work, 1), calls=2 if method.late else 1)
         except Exception as error:
             if not is_out_of_memory(error) or method is NONE:
                 raise

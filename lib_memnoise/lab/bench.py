@@ -101,6 +101,8 @@ class Network:
                 self.answers[image] = x[row].detach(), t, delta[row].detach(), unconditional[row].detach(), size
 
     def of(self, images: list[int]) -> Network:
+        if images == list(range(len(self.image))):
+            return self
         heard = None if self.heard is None else tuple(self.heard[i] for i in images)
         return replace(self, cond=self.cond[images], uncond=self.uncond[images], image=self.image[images], heard=heard)
 

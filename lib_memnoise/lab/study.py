@@ -168,24 +168,27 @@ def part(model: Miniature, batch: Batch) -> Part:
     made = generate(
         model,
         [subject.caption for subject in batch.subjects],
-        x,
+        x.to(model.device),
         batch.settings,
         seeds=batch.seeds,
         sampler=batch.sampler,
         steps=batch.steps,
         looking=batch.looking,
     )
-    pictures = model.decode(made.latents)
+    pictures = model.decode(made.latents).cpu()
+    aligned = model.alignment(pictures.to(model.device), [subject.labels for subject in batch.subjects])
     return Part(
         pictures=pictures.numpy(),
-        noise=made.noise.numpy(),
+        noise=made.noise.cpu().numpy(),
         likeness=likeness(pictures).numpy(),
-        alignment=model.alignment(pictures, [subject.labels for subject in batch.subjects]).numpy(),
-        before=made.before.numpy(),
-        after=made.after.numpy(),
+        alignment=aligned.cpu().numpy(),
+        before=made.before.cpu().numpy(),
+        after=made.after.cpu().numpy(),
         forward=made.forward.numpy(),
         backward=made.backward.numpy(),
-        trace=np.stack([size.numpy() for _, size in made.trace]) if made.trace else np.empty((0, len(x)), np.float32),
+        trace=np.stack([size.cpu().numpy() for _, size in made.trace])
+        if made.trace
+        else np.empty((0, len(x)), np.float32),
         timesteps=[t for t, _ in made.trace],
     )
 

@@ -40,6 +40,10 @@ class Miniature:
             self, text=text, unet=unet, autoencoder=self.autoencoder.to(device), detector=self.detector.to(device)
         )
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Captions as the U-Net takes them, `(B, 77, width)`; "" is the empty prompt.
@@ -47,8 +51,7 @@ class Miniature:
         Raises:
             UnknownWords: a caption has words the miniature never saw. TooLong: it is too long.
         """
-        weight = next(self.text.parameters())
-        return self.text(token_ids(captions).to(weight.device))
+        return self.text(token_ids(captions).to(self.device))
 
     def __call__(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """ε or v, the network's native output, in the shape of the unit-variance latents x `(B, 4, 16, 16)`."""
