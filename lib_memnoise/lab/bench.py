@@ -33,8 +33,8 @@ PRESETS = {"eps": "sd1_like", "v": "sd2_v_like"}
 """The settings' preset for each variant of the miniature, as the WebUI chooses it."""
 PER_SAMPLE = Settings(enabled=True, method="per_sample", lr=0.02, target=0.25, target_kind="fraction")
 """Chosen on prompts that are not held out, on the weights before the last 4,000 steps: to half of the first ‖Δ‖ two
-thirds of the pictures were still copies, to a quarter two fifths, at 1.11 times the usual length of the noise. The
-paper's target, which is absolute, belongs to SD."""
+thirds of the pictures were still copies of the prompt's own, to a quarter two fifths, at 1.11 times the usual length of
+the noise. The paper's target, which is absolute, belongs to SD."""
 
 
 @dataclass(frozen=True)

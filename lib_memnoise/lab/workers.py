@@ -60,10 +60,9 @@ class Workers:
         if self._pool is None:
             return
         if error is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - self._others:
                 process.terminate()
-        self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
             raise OneSentence(
                 "a process ended before its work was done, as where memory is short; --processes takes fewer."

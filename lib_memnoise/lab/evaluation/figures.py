@@ -122,10 +122,10 @@ def _same_range(axes: Sequence[Axes]) -> None:
 
 def in_words(copying: Sequence[str]) -> str:
     """Which training pictures likeness is to."""
-    if len(copying) > 1:
-        way = "the paper's way" if metric_of(copying[0]).of_the_paper else "the headline"
-        return f"Likeness is to the nearest of all training pictures and to the prompt's own, {way} first."
-    return f"It is {label_of(copying[0])} alone; evaluate measures what is missing." if copying else ""
+    if len(copying) == 1:
+        return f"Only {label_of(copying[0])} is measured."
+    first = "the latter, which is the paper's way," if metric_of(copying[0]).of_the_paper else "the former"
+    return f"Likeness is to the nearest of all training pictures, and to the prompt's own: {first} comes first."
 
 
 def _axis(name: str) -> str:

@@ -360,7 +360,7 @@ def label_of(column: str) -> str:
         return metric.label
     if column in NEAREST:
         return f"{metric.label} to the nearest of all"
-    return f"{metric.label} to the prompt's own{', the paper' if metric.of_the_paper else ''}"
+    return f"{metric.label} to the prompt's own{', as in the paper' if metric.of_the_paper else ''}"
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from lib_memnoise.files import replacing
 from lib_memnoise.lab.evaluation.figures import Drawn, draw, label_of_point, save
 from lib_memnoise.lab.evaluation.metrics import METRICS, label_of, metric_of
 from lib_memnoise.lab.evaluation.results import CLAIMS, Claim, Estimate, Results, claims, compared, overall, results
-from lib_memnoise.lab.evaluation.run import Run
+from lib_memnoise.lab.evaluation.run import NEAREST, Run
 
 PAGE, FIGURES = "report.html", "figures"
 
@@ -169,6 +169,10 @@ def notes(found: Results) -> list[str]:
         lines.append(f"{found.failed} images could not be mitigated, and are left out.")
     if any(claim.holds is None for claim in claims(found)):
         lines.append("What is not shown has an interval on both sides of the claim: more prompts would decide it.")
+    near = [name for name in NEAREST if found.has(name)]
+    if near:
+        own = ", ".join(f"{name}_own" for name in near)
+        lines.append(f"{', '.join(near)}: to the nearest of all training pictures; {own}: to the prompt's own.")
     lines += [nearest_is_unknown(name) for name in found.unknown_nearest]
     lines += [f"{name} is not measured: {reason}." for name, reason in found.absent.items()]
     return lines
