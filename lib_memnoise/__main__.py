@@ -6,6 +6,7 @@ import argparse
 import errno
 import io
 import json
+import math
 import os
 import sys
 import webbrowser
@@ -18,6 +19,7 @@ from lib_memnoise import __version__
 from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.miniature import OneSentence
 from lib_memnoise.settings import json_schema
+from lib_memnoise.wording import echo, is_encodable
 
 PAGE = "memnoise-demo.html"
 
@@ -38,11 +40,30 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
         except ValueError:
             value = low - 1
         if not low <= value <= high:
-            shown = text if len(text) <= 40 else text[:37] + "..."
-            raise argparse.ArgumentTypeError(f"{shown!r} is not valid; it must be a whole number from {low} to {high}.")
+            raise argparse.ArgumentTypeError(
+                f"{echo(text, 40)} is not valid; it must be a whole number from {low} to {high}."
+            )
         return value
 
     return parse
+
+
+def number(text: str) -> float:
+    """An argument type: a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{echo(text, 40)} is not valid; it must be a number.")
+    return value
+
+
+def words(text: str) -> str:
+    """An argument type: text, as a prompt is. Bytes that are none reach a program as unpaired surrogates."""
+    if not is_encodable(text):
+        raise argparse.ArgumentTypeError(f"{echo(text, 40)} is not valid; it must be text in the terminal's encoding.")
+    return text
 
 
 def schema(_: argparse.Namespace) -> None:
@@ -294,9 +315,14 @@ def add_evaluation(add: Callable[..., Parser], commands: Any, threads: dict[str,
     command.add_argument("run", type=Path, metavar="RUN", help="the run's folder: a new one, or one to go on with")
     command.add_argument("--plan", metavar="NAME|FILE", help="paper-sd1, paper-sd2, miniature, or a YAML file")
     command.add_argument(
-        "--url", action="append", help="of a WebUI with memnoise, run with --api; may be repeated, for each its own GPU"
+        "--url",
+        action="append",
+        type=words,
+        help="of a WebUI with memnoise, run with --api; may be repeated, for each its own GPU",
     )
-    command.add_argument("--api-auth", "--auth", dest="auth", metavar="USER:PASSWORD", help="as the WebUI's --api-auth")
+    command.add_argument(
+        "--api-auth", "--auth", dest="auth", type=words, metavar="USER:PASSWORD", help="as the WebUI's --api-auth"
+    )
     command.add_argument("--dask", metavar="ADDRESS", help="of a Dask scheduler, each of whose workers has a WebUI")
     command.add_argument("--dry-run", action="store_true", help="say what would be generated, and stop")
     command.add_argument("--json", action="store_true", help="print points and claims as JSON")
@@ -313,13 +339,13 @@ def add_evaluation(add: Callable[..., Parser], commands: Any, threads: dict[str,
     group.add_argument("--images", type=whole_number(1, 1000), help="of each prompt at every strength")
     group.add_argument("--batch", type=whole_number(1, 64), help="images of one request")
     group.add_argument("--seed", type=whole_number(0, 2**32 - 1), help="of the first image")
-    group.add_argument("--sampler", metavar="NAME", help="as the WebUI names it")
-    group.add_argument("--scheduler", metavar="NAME", help="schedule type")
+    group.add_argument("--sampler", type=words, metavar="NAME", help="as the WebUI names it")
+    group.add_argument("--scheduler", type=words, metavar="NAME", help="schedule type")
     group.add_argument("--steps", type=whole_number(1, 1000), help="of the sampler")
-    group.add_argument("--cfg", type=float, metavar="SCALE", help="CFG scale")
+    group.add_argument("--cfg", type=number, metavar="SCALE", help="CFG scale")
     group.add_argument("--width", type=int, help="in pixels")
     group.add_argument("--height", type=int, help="in pixels")
-    group.add_argument("--negative", dest="negative_prompt", metavar="PROMPT", help="negative prompt")
+    group.add_argument("--negative", dest="negative_prompt", type=words, metavar="PROMPT", help="negative prompt")
     group.add_argument("--metrics", metavar="NAME,NAME", help="sscd, clip, lpips, imagereward, similarity, diversity")
     group = command.add_argument_group("how")
     group.add_argument("--sscd", type=Path, metavar="FILE", help="sscd_disc_mixup, TorchScript or ONNX")
@@ -330,7 +356,7 @@ def add_evaluation(add: Callable[..., Parser], commands: Any, threads: dict[str,
     group.add_argument(
         "--attempts", type=whole_number(1, 1000), default=15, help="of a WebUI that does not answer (default: 15)"
     )
-    group.add_argument("--timeout", type=float, default=1800, metavar="SECONDS", help="of a request (default: 1800)")
+    group.add_argument("--timeout", type=number, default=1800, metavar="SECONDS", help="of a request (default: 1800)")
     group.add_argument("--variant", choices=("eps", "v"), default="eps", help="of the miniature (default: eps)")
     group.add_argument("--threads", **threads)
 
@@ -391,7 +417,9 @@ def parser() -> argparse.ArgumentParser:
         demo,
         "compare the methods without a WebUI or GPU, on a miniature Stable Diffusion that memorised pictures",
     )
-    command.add_argument("--prompt", action="append", help="your own, instead of memorised ones; may be repeated")
+    command.add_argument(
+        "--prompt", action="append", type=words, help="your own, instead of memorised ones; may be repeated"
+    )
     command.add_argument("--prompts", type=whole_number(1, 12), default=4, help="memorised prompts (default: 4)")
     command.add_argument("--every-method", action="store_true", help="all methods, at several strengths")
     command.add_argument("--images", type=counts, default=4, help="images a prompt (default: 4)")
@@ -412,14 +440,16 @@ def parser() -> argparse.ArgumentParser:
     divided(command, "points and claims")
 
     def webui(command: Parser, *, required: bool) -> None:
-        command.add_argument("--url", required=required, help="of a WebUI with memnoise, run with --api")
-        command.add_argument("--auth", "--api-auth", metavar="USER:PASSWORD", help="where it runs with --api-auth")
+        command.add_argument("--url", type=words, required=required, help="of a WebUI with memnoise, run with --api")
+        command.add_argument(
+            "--auth", "--api-auth", type=words, metavar="USER:PASSWORD", help="where it runs with --api-auth"
+        )
         for name in ("width", "height"):
             command.add_argument(f"--{name}", type=whole_number(64, 2048), help="in pixels")
-        command.add_argument("--sampler", dest="sampler_name", metavar="NAME", help="as the WebUI names it")
-        command.add_argument("--scheduler", metavar="NAME", help="schedule type")
+        command.add_argument("--sampler", dest="sampler_name", type=words, metavar="NAME", help="as the WebUI names it")
+        command.add_argument("--scheduler", type=words, metavar="NAME", help="schedule type")
         command.add_argument("--steps", type=whole_number(1, 150), help="of the sampler")
-        command.add_argument("--cfg", dest="cfg_scale", type=float, metavar="SCALE", help="CFG scale")
+        command.add_argument("--cfg", dest="cfg_scale", type=number, metavar="SCALE", help="CFG scale")
         command.add_argument("--json", action="store_true", help="print the answer as JSON")
 
     command = add(
@@ -429,9 +459,9 @@ def parser() -> argparse.ArgumentParser:
         "score prompts without generating: in a WebUI, or on the miniature; "
         "without prompts, measure how well the miniature's scores tell memorised prompts from ordinary ones",
     )
-    command.add_argument("prompts", nargs="*", metavar="PROMPT")
+    command.add_argument("prompts", nargs="*", type=words, metavar="PROMPT")
     webui(command, required=False)
-    command.add_argument("--negative", dest="negative_prompt", metavar="PROMPT", help="negative prompt")
+    command.add_argument("--negative", dest="negative_prompt", type=words, metavar="PROMPT", help="negative prompt")
     command.add_argument("--seed", dest="seeds", action="append", type=seeds, help="may be repeated (WebUI: random)")
     command.add_argument("--words", action="store_true", help="WebUI: also how much each word has to do with it")
     command.add_argument("--noises", type=counts, default=8, help="miniature: averaged over so many (default: 8)")
@@ -476,7 +506,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         # γ̃ and ‖Δ‖ are in the output, and a redirected stream on Windows has no UTF-8 of its own.
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8")
+            # What no encoding has, such as a file's name that is no text, is escaped.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     arguments = parser().parse_args(argv)
     try:
         arguments.command(arguments)

@@ -37,7 +37,8 @@ class WebUI:
         self._session = requests.Session()
         if auth is not None:
             user, _, password = auth.partition(":")
-            self._session.auth = (user, password)
+            # As text it would have to be Latin-1.
+            self._session.auth = (user.encode(), password.encode())
 
     def get(self, path: str) -> Any:
         return self.call("GET", f"/memnoise/v1/{path}", None)
@@ -55,6 +56,8 @@ class WebUI:
             answer = self._session.request(method, f"{self.url}{path}", json=body, timeout=self._patience)
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):
             raise WebUIError(f"{self.url!r} is no address of a WebUI such as http://127.0.0.1:7860.") from None
+        except requests.exceptions.InvalidJSONError:
+            raise WebUIError("a request holds a number that is none in JSON, such as NaN.") from None
         except requests.exceptions.ChunkedEncodingError:
             raise NoAnswer(f"{self.url} broke off in the middle of its answer.") from None
         except requests.exceptions.ConnectionError:

@@ -298,3 +298,45 @@ def test_as_a_module() -> None:
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.decode("utf-8")) == json_schema()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("score", "a \udcff fox", "--url", "http://127.0.0.1:9"),
+        ("score", "a fox", "--negative", "\udcff", "--url", "http://127.0.0.1:9"),
+        ("score", "a fox", "--scheduler", "\udcff", "--url", "http://127.0.0.1:9"),
+        ("score", "a fox", "--url", "http://\udcff"),
+        ("score", "a fox", "--auth", "me:\udcff", "--url", "http://127.0.0.1:9"),
+        ("demo", "--prompt", "\udcff"),
+    ],
+)
+def test_bytes_that_are_no_text_are_refused(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
+    error = error_of(capsys, *argv)
+    assert (
+        error.count("\n") == 1
+        and "\\udcff" in error
+        and error.endswith("it must be text in the terminal's encoding.\n")
+    )
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "1e999", "9" * 400, "seven", "\udcff"])
+def test_a_scale_is_a_number(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    error = error_of(capsys, "score", "a fox", "--url", "http://127.0.0.1:9", "--cfg", text)
+    assert error.count("\n") == 1 and error.endswith("is not valid; it must be a number.\n") and len(error) < 200
+
+
+def test_what_is_no_text_is_said_in_the_terminal(tmp_path: Path) -> None:
+    """Also where the parser itself repeats it."""
+    for argv in ([b"\xff"], [b"score", b"a \xff", b"--url", b"x"], [b"demo", b"--page", b"/nowhere/\xff.html"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "lib_memnoise", *argv], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode in (1, 2) and "Traceback" not in done.stderr and "udcff" in done.stderr, done.stderr
+
+
+def test_numbers_that_json_has_not() -> None:
+    from lib_memnoise.client import WebUI, WebUIError
+
+    with pytest.raises(WebUIError, match="none in JSON"):
+        WebUI("http://127.0.0.1:9").post("score", {"cfg_scale": float("nan")})

@@ -20,6 +20,7 @@ from lib_memnoise.settings import MITIGATED, PRESETS, SPECS, requirement
 from tests import browser
 from tests.browser import HostPage
 from tests.contract.conftest import Studio
+from tests.contract.test_compare import PATTERN, file_of
 
 PICTURE = "a red fox in the snow\nSteps: 4, Sampler: DDIM, CFG scale: 6, Seed: 7, Size: 64x64"
 PER_SAMPLE = (
@@ -548,3 +549,30 @@ def test_comparing_methods(page: HostPage) -> None:
     press(page, "compare")
     expect(verdict(page).locator(".error")).to_contain_text("an empty prompt has no score")
     expect(grid).not_to_be_visible()
+
+
+def test_the_picture_that_must_not_be_copied(page: HostPage) -> None:
+    """It is opened as the API's is, not by the page's own library as whatever it is."""
+    page.small()
+    page.open()
+    page.control("comparison").locator(".label-wrap").click()
+    upload = page.control("likeness").locator("input[type=file]")
+    whole = file_of(PATTERN, "PNG")
+    for content, told in (
+        (whole[:-200], "is damaged"),
+        (file_of(PATTERN, "GIF"), "must be a PNG, JPEG or WebP picture"),
+    ):
+        upload.set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": content})
+        expect(page.control("likeness").locator("img").first).to_be_attached()
+        press(page, "compare")
+        expect(verdict(page).locator(".error")).to_contain_text("memnoise: reference is not valid")
+        expect(verdict(page).locator(".error")).to_contain_text(told)
+        expect(page.control("grid").locator("img")).to_have_count(0)
+        page.control("likeness").get_by_label("Clear").or_(
+            page.control("likeness").get_by_label("Remove Image")
+        ).click()
+    upload.set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": whole})
+    expect(page.control("likeness").locator("img").first).to_be_attached()
+    press(page, "compare")
+    expect(page.control("grid").locator("img").first).to_be_visible()
+    expect(verdict(page).locator(".error")).to_have_count(0)
