@@ -146,7 +146,7 @@ def generate(model: Model, x: Tensor, method: Method, *, work: int | None = None
         with checkpointed(model.unet) if method.lean else contextlib.nullcontext():
             outcome = method.way(x, delta, Initial("eps"), method.work if work is None else work)
         adjusted = outcome.x
-    starts = [make_start(BATCH_WISE.resolved("sd1")) if method.late else Start() for _ in range(len(x))]
+    starts = [make_start(BATCH_WISE.resolved("sd1"), 981.0) if method.late else Start() for _ in range(len(x))]
     guided = bench.Guided(delta.network, starts)
     latents = follow(guided, adjusted, ddim_timesteps(STEPS)[: calls + 1])
     return Made(latents, adjusted, delta.network.forward.tolist(), delta.network.backward.tolist(), outcome)
