@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -79,7 +80,7 @@ def test_json(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
         settings = from_mapping(record["settings"])  # as the API takes them
         assert settings.enabled == (record["method"] != "none")
         assert all(np.isfinite(value) for value in record.values() if isinstance(value, float))
-    assert records_of(capsys, *SMALL, "--seed", "5") == records
+    assert records_of(capsys, *SMALL, "--seed", "5", "--processes", "2") == records  # to the bit
     assert records_of(capsys, *SMALL, "--seed", "6") != records
     assert not list(folder.iterdir())  # no page unless one is named
 
@@ -154,7 +155,9 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def test_claims_that_fail_fail_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    # Two steps make pictures of nothing.
+    # Two steps, and two of the gradient's, make pictures of nothing.
+    for name in ("PER_SAMPLE", "HALF"):
+        monkeypatch.setattr(claims, name, dataclasses.replace(getattr(claims, name), max_steps=2))
     monkeypatch.setattr(claims, "SHORT", claims.Plan(images=1, taus=(900.0, 800.0), controls=1, steps=2))
     said = []
     for how in (("1", "--json"), ("2", "--json"), ("1", "--markdown")):
