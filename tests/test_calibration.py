@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lib_memnoise.calibration import (
+    LOWEST,
     TOLERANCE,
     BadCalibration,
     Key,
@@ -144,7 +145,7 @@ def test_the_nearest_serves(tmp_path: Path) -> None:
 
     store = CalibrationStore(tmp_path)
     assert store.nearest(KEY) == (None, [])
-    others = at(951, width=576), at(951, checkpoint="abc124"), at(951, parameterization="v")
+    others = at(951, width=576), at(951, checkpoint="abc124"), at(951, parameterization="v"), at(930, width=640)
     for key in (at(801), at(901), at(951), *others):
         store.save(make(key, range(1, 31)))
 
@@ -154,8 +155,9 @@ def test_the_nearest_serves(tmp_path: Path) -> None:
         return None if found is None else found.key
 
     assert [nearest(t) for t in (951, 981, 930, 920, 901)] == [at(951), at(951), at(951), at(901), at(901)]
-    assert nearest(901 - TOLERANCE) == at(901) and nearest(901 - TOLERANCE - 1) is None
-    assert nearest(801) == at(801) and nearest(805) is None  # too low for another's
+    far, farther = (nearest(930 + TOLERANCE + more, width=640) for more in (0, 1))
+    assert far == at(930, width=640) and farther is None
+    assert nearest(LOWEST) == at(901) and nearest(LOWEST - 1) is None and nearest(801) == at(801)
     assert nearest(981, height=768) is None and nearest(981, width=576) == at(951, width=576)
     # One with the user's own prompts is better than a nearer one without.
     store.save(make(at(901), range(1, 31), "own"))
