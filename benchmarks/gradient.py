@@ -24,48 +24,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.nn.functional as F
+from on_device.shapes import SHAPES, TOKENS, make_unet
 from torch import Tensor, nn
 
 from lib_memnoise.checkpointing import checkpointed
 from lib_memnoise.miniature import networks
 from lib_memnoise.prediction import magnitude
 
-SD14: dict[str, Any] = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 320,
-    "attention_resolutions": [4, 2, 1],
-    "num_res_blocks": 2,
-    "channel_mult": [1, 2, 4, 4],
-    "num_heads": 8,
-    "context_dim": 768,
-}
-TEXT = (77, 768)
+TEXT = (TOKENS, SHAPES["SD 1.4"]["context_dim"])
 WAYS = ("forward", "plain", "checkpointed", "straightforward")
 """No gradient; the gradient of x alone; with checkpointing; and with the weights' gradients, as an optimiser over x
 gets them that freezes nothing."""
 
 
-@contextlib.contextmanager
-def meta_initialised() -> Iterator[None]:
-    """Skip the usual initialisation, which takes longer than what is measured."""
-    with contextlib.ExitStack() as stack:
-        for kind in (nn.Linear, nn.Conv2d):
-            before = kind.reset_parameters
-            kind.reset_parameters = lambda self: None  # type: ignore[method-assign]
-            stack.callback(setattr, kind, "reset_parameters", before)
-        yield
-
-
 def make_network(device: str, dtype: torch.dtype) -> nn.Module:
-    torch.manual_seed(0)
-    with meta_initialised():
-        unet = networks.UNet(**SD14)
-    for weight in unet.parameters():
-        nn.init.normal_(weight, std=0.02) if weight.ndim > 1 else None
     # The host's attention is torch's own as well, or one that also keeps no square matrices.
     networks.attend = F.scaled_dot_product_attention  # type: ignore[assignment]
-    return unet.eval().requires_grad_(False).to(device, dtype)
+    return make_unet("SD 1.4", device, dtype)
 
 
 def inputs(rows: int, size: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
