@@ -38,7 +38,7 @@ class WebUI:
         if auth is not None:
             user, _, password = auth.partition(":")
             # As text it would have to be Latin-1.
-            self._session.auth = (user.encode(), password.encode())
+            self._session.auth = requests.auth.HTTPBasicAuth(user.encode(), password.encode())
 
     def get(self, path: str) -> Any:
         return self.call("GET", f"/memnoise/v1/{path}", None)
