@@ -14,7 +14,9 @@ from lib_memnoise.prediction import Delta, magnitude, per_image, working_precisi
 from lib_memnoise.settings import Settings
 
 
-def adjust(x: Tensor, delta: Delta, initial: Initial, *, eta: float, temperature: float) -> tuple[Tensor, Tensor]:
+def adjust(
+    x: Tensor, delta: Delta, initial: Initial, *, eta: float, temperature: float
+) -> tuple[Tensor, Tensor | None]:
     """x ← x − η (τ ∇U(x) + x) + √(2η) ξ with U = ‖x̂_0(y) − x̂_0(y_null)‖², ξ Gaussian from the image's seed.
 
     Args:
@@ -24,15 +26,26 @@ def adjust(x: Tensor, delta: Delta, initial: Initial, *, eta: float, temperature
         eta: the step η. temperature: τ of the step, which has nothing to do with guidance's.
 
     Returns:
-        The latents, and ‖Δ(x_T, T)‖ `(B,)`.
+        The latents, and ‖Δ(x_T, T)‖ `(B,)`, None where it was not measured.
 
-    The variance of noise stays (1 − η)² + 2η = 1 + η². Cost: two rows forward and two backward an image.
+    Raises:
+        RuntimeError: ᾱ is 0, with a network that predicts ε: then x̂_0 is not to be had.
+
+    The variance of noise stays (1 − η)² + 2η = 1 + η². Cost: two rows forward and two backward an image; none where τ
+    is 0, and forward alone where η is.
     """
     start = working_precision(x)
+    if eta == 0:
+        with torch.no_grad():
+            return start, magnitude(delta(start).to(start.dtype))
     noise = torch.stack([initial.noise(start, image, 0) for image in range(len(start))])
     if temperature == 0:
-        return start - eta * start + (2 * eta) ** 0.5 * noise, start.new_full((len(start),), float("nan"))
+        return start - eta * start + (2 * eta) ** 0.5 * noise, None
     a = initial.alpha_bar
+    if a == 0 and initial.parameterization != "v":
+        raise RuntimeError(
+            "DivIn needs a first timestep at which something is left of the picture, and here nothing is"
+        )
     scale = 1 - a if initial.parameterization == "v" else (1 - a) / a
     latent = start.clone().requires_grad_()
     with torch.enable_grad():

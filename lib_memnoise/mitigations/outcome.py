@@ -141,6 +141,9 @@ def run(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcom
     finite = torch.isfinite(outcome.x).flatten(1).all(1)
     if outcome.before is not None:
         finite &= torch.isfinite(outcome.before)
+    for image, prompt in outcome.prompts.items():
+        if prompt.vectors is not None:
+            finite[image] &= bool(torch.isfinite(prompt.vectors).all())
     outcome.x = torch.where(finite.reshape(-1, 1, 1, 1), outcome.x, x.to(outcome.x.dtype))
     outcome.norm = norm_ratio(outcome.x)
     for image, (ok, norm) in enumerate(zip(finite.tolist(), outcome.norm.tolist())):

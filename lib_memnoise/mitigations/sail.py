@@ -108,7 +108,9 @@ def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> O
         x, delta, initial, lr=settings.lr, alpha=settings.alpha, target=aim, max_steps=settings.max_steps,
         redraws=settings.redraws,
     )  # fmt: skip
-    outcome = Outcome(result.x, steps=result.steps, used={"lr": settings.lr, "alpha": settings.alpha, "target": used})
+    # An image none of whose noises had a loss has no adjusted noise either.
+    latents = result.x + per_image(torch.where(torch.isfinite(result.after), 0.0, float("nan"))).to(result.x)
+    outcome = Outcome(latents, steps=result.steps, used={"lr": settings.lr, "alpha": settings.alpha, "target": used})
     for image, (reached, drawn) in enumerate(zip(result.reached.tolist(), result.drawn.tolist())):
         if not reached:
             outcome.notes.setdefault(image, []).append(
