@@ -19,9 +19,9 @@ from on_device.shapes import fused_attention
 PARTS: dict[str, tuple[Callable[[Run], None], float]] = {
     "time": (timing.measure, 170),
     "syncs": (syncs.measure, 20),
-    "memory": (ladder.measure, 15),
-    "precision": (precision.measure, 45),
-    "miniature": (demo.measure, 45),
+    "memory": (ladder.measure, 12),
+    "precision": (precision.measure, 60),
+    "miniature": (demo.measure, 40),
 }
 """Each part and the seconds that it plans for."""
 

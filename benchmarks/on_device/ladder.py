@@ -111,7 +111,7 @@ def attempt(model: Model, x: Tensor, free: Outcome, wanted: str, limit: int, tot
         del outcome
     except Exception as error:
         known = "" if is_out_of_memory(error) else ", which is not recognised as being out of memory"
-        ended = f"raised {type(error).__name__}: {str(error).splitlines()[0][:80]}{known}"
+        ended = f"raised {type(error).__name__}: {str(error).split(' GPU ')[0]}{known}"
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     settle()

@@ -40,7 +40,7 @@ class Case:
     seconds: float
 
 
-CASES = (Case("SD 1.4", 64, 2, True, 10), Case("SD 1.4", 128, 2, False, 8), Case("SDXL", 128, 1, True, 25))
+CASES = (Case("SD 1.4", 64, 2, True, 10), Case("SD 1.4", 128, 2, False, 20), Case("SDXL", 128, 1, True, 25))
 SMALL = (Case("small", 8, 2, True, 10),)
 
 

@@ -33,7 +33,7 @@ def number(value: Any, digits: int = 3) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.{digits}g}"
     return str(value)
 
 
@@ -123,7 +123,7 @@ def markdown(entries: Sequence[Entry]) -> str:
     said = ", ".join(f"{name} {value}" for name, value in first.items() if value is not None and name != "device")
     parts.append(f"{said}. `benchmarks/device.sh` wrote this; benchmarks/README.md says what the figures are.\n")
     current = None
-    for entry in newest.values():
+    for entry in sorted(newest.values(), key=lambda entry: list(TABLES).index(entry["part"])):
         if entry["part"] != current:
             current = entry["part"]
             parts.append(f"## {current}\n")
