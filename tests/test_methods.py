@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,6 +66,45 @@ def test_random_tokens_are_inserted_between_words(words: list[str], count: int, 
             assert before not in ("zork", "quux") or words[words.index(after) - 1] == before
     again = random_tokens.insert(text, ["zork", "", "quux"], count, Initial("eps", seeds=[seed]).generator(0))
     assert again == (found, added)
+
+
+@pytest.mark.parametrize(
+    ("text", "never"),
+    [
+        ("(fox : 1.2) in snow", ["fox zork", ": zork"]),
+        ("(fox :1.2) in", ["fox zork"]),
+        ("[cat : dog : 0.3] runs", ["[cat zork", ": zork", "dog zork"]),
+        ("[a cat|a dog] runs", ["[a zork", "a zork dog]"]),
+        ("a [very big cat", ["very zork", "big zork", "cat zork"]),
+        ("fox : 0.5 AND snow :0.4", [": zork", "0.5 zork", "zork :", "0.4 zork"]),
+        ("fox: 0.5 AND snow", [": zork", "0.5 zork"]),
+        ("\\[ a \\]", []),
+    ],
+)
+def test_random_tokens_leave_the_syntax_alone(text: str, never: list[str]) -> None:
+    found = set()
+    for seed in range(80):
+        one, _ = random_tokens.insert(text, ["zork"], 1, Initial("eps", seeds=[seed]).generator(0))
+        assert one.replace("zork ", "", 1) == text or one.removesuffix(" zork") == text
+        assert not any(part in one for part in never), one
+        found.add(one)
+    assert len(found) == {0: 4}.get(len(never), len(found)) >= 2
+
+
+def test_random_tokens_are_drawn_again_until_the_count_is_right() -> None:
+    initial = Initial(
+        "eps",
+        seeds=[1, 2],
+        texts=["a b", "c"],
+        vocabulary=lambda: ["one", "two pieces"],
+        tokens=lambda t: len(t.split()),
+    )
+    settings = Settings(method="random_tokens", tokens=3).resolved("sd1")
+    for prompt in run(noise(2), SmallDelta(), settings, initial).prompts.values():
+        assert prompt.text is not None and prompt.text.split().count("one") == 3 and "two" not in prompt.text
+    never = replace(initial, vocabulary=lambda: ["two pieces"])
+    with pytest.raises(RuntimeError, match="exactly 3 more"):
+        run(noise(2), SmallDelta(), settings, never)
 
 
 def test_random_tokens_are_uniform_over_tokens_and_places() -> None:

@@ -360,6 +360,7 @@ def initial_of(p: Any, predictor: Predictor) -> Initial:
         seeds=list(p.seeds),
         texts=list(p.hr_prompts if getattr(p, "is_hr_pass", False) else p.prompts),
         vocabulary=words.Vocabulary,
+        tokens=lambda text: words.token_count(text, p.steps),
     )
 
 

@@ -32,7 +32,9 @@ class Initial:
     texts: Sequence[str] = ()
     """Of each image: its prompt at the first step."""
     vocabulary: Callable[[], Sequence[str]] = tuple
-    """The text encoder's ordinary tokens, as text."""
+    """The text encoder's ordinary tokens, as text; "" for one that is not what it is written as."""
+    tokens: Callable[[str], int | None] = lambda text: None
+    """How many tokens a prompt is encoded to at the first step; None where that cannot be told."""
 
     def factor(self, x: Tensor) -> float:
         """By which ρ and an absolute target scale."""

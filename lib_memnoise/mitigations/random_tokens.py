@@ -12,8 +12,11 @@ from lib_memnoise.mitigations.outcome import Initial, Outcome, Prompt
 from lib_memnoise.prediction import Delta, working_precision
 from lib_memnoise.settings import Settings
 
-CONNECTED = re.compile(r"AND|BREAK|:\s*-?[\d.]+")
+CONNECTED = re.compile(r"AND|BREAK|:\s*[+-]?[\d.]*\)*")
 """What belongs to the word before it, in a WebUI's prompt: nothing is inserted before these."""
+WEIGHT = re.compile(r"[+-]?[\d.]+")
+"""A weight behind a colon that stands apart."""
+TRIES = 32
 
 
 def insert(text: str, vocabulary: Sequence[str], count: int, generator: torch.Generator) -> tuple[str, list[str]]:
@@ -22,19 +25,34 @@ def insert(text: str, vocabulary: Sequence[str], count: int, generator: torch.Ge
     Args:
         vocabulary: what is drawn from, uniformly, but for "". Each insertion sees the text with those before it.
 
-    The words of a part (AND, BREAK) stay in it, and its weight stays at its end.
+    The words of a part (AND, BREAK) stay in it, and its weight stays at its end. Nothing is inserted into square
+    brackets, of which the WebUI takes one part in some steps and another in others.
     """
     words, added = text.split(" "), []
     for _ in range(count):
         token = ""
         while not token:  # what cannot be written in a prompt is drawn again
             token = vocabulary[_below(len(vocabulary), generator)]
-        places = [p for p in range(len(words) + 1) if p == len(words) or not CONNECTED.fullmatch(words[p])]
-        if CONNECTED.fullmatch(words[-1]):
-            places.remove(len(words))
+        places = _places(words)
         words.insert(places[_below(len(places), generator)], token)
         added.append(token)
     return " ".join(words), added
+
+
+def _places(words: Sequence[str]) -> list[int]:
+    """Before which words something may be inserted; their number stands for the end."""
+    last, colon = words[-1], len(words) > 1 and words[-2].endswith(":")
+    ends_with_weight = CONNECTED.fullmatch(last) or (colon and WEIGHT.fullmatch(last))
+    found, depth = [], 0
+    for place, word in enumerate(words):
+        announced = place > 0 and words[place - 1].endswith(":") and WEIGHT.match(word)
+        if depth == 0 and not announced and not CONNECTED.fullmatch(word):
+            found.append(place)
+        plain = re.sub(r"\\.", "", word)
+        depth = max(0, depth + plain.count("[") - plain.count("]"))
+    if depth == 0 and (not ends_with_weight or last.endswith(")")):
+        found.append(len(words))
+    return found or [0]
 
 
 def _below(count: int, generator: torch.Generator) -> int:
@@ -50,5 +68,19 @@ def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> O
     if count == 0:
         return outcome
     for image, text in enumerate(initial.texts):
-        outcome.prompts[image] = Prompt(text=insert(text, vocabulary, count, initial.generator(image))[0])
+        outcome.prompts[image] = Prompt(text=_with_tokens(text, vocabulary, count, initial, image))
     return outcome
+
+
+def _with_tokens(text: str, vocabulary: Sequence[str], count: int, initial: Initial, image: int) -> str:
+    """The text with exactly `count` tokens more, as far as the host can count them.
+
+    Raises:
+        RuntimeError: with none of many draws has it so many more.
+    """
+    generator, before = initial.generator(image), initial.tokens(text)
+    for _ in range(TRIES):
+        found, _ = insert(text, vocabulary, count, generator)
+        if before is None or initial.tokens(found) == before + count:
+            return found
+    raise RuntimeError(f"no random tokens were found with which the prompt has exactly {count} more")

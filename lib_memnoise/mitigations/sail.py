@@ -109,7 +109,7 @@ def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> O
         redraws=settings.redraws,
     )  # fmt: skip
     # An image none of whose noises had a loss has no adjusted noise either.
-    latents = result.x + per_image(torch.where(torch.isfinite(result.after), 0.0, float("nan"))).to(result.x)
+    latents = result.x.masked_fill(~per_image(torch.isfinite(result.after)), float("nan"))
     outcome = Outcome(latents, steps=result.steps, used={"lr": settings.lr, "alpha": settings.alpha, "target": used})
     for image, (reached, drawn) in enumerate(zip(result.reached.tolist(), result.drawn.tolist())):
         if not reached:

@@ -71,6 +71,37 @@ def test_random_tokens_are_in_the_metadata_and_make_the_image_again(studio: Stud
     assert run.number("rows") == studio.run({"method": "none", "reference": "negative"}).number("rows")
 
 
+@pytest.mark.parametrize("model", ["sd1", "sd2-v", "sdxl"])
+@pytest.mark.parametrize("count", [1, 8])
+def test_exactly_so_many_tokens_more(studio: Studio, model: str, count: int) -> None:
+    if studio.is_real:
+        pytest.skip("its tokenizer cannot be asked from here")
+    studio.host.load(model)
+    from lib_memnoise.host import words
+
+    for prompt in ("a red fox, in the snow.", "(a fox : 1.2) AND [a : b : 3] snow : 0.5", "a, " * 40):
+        settings = {"method": "random_tokens", "tokens": count}
+        run = studio.run(settings, prompt=prompt, batch_size=20, steps=2)
+        before = words.token_count(prompt, 8)
+        for image in range(20):
+            text = run.read("Memnoise prompt", image) or ""
+            assert words.token_count(text, 2) == before + count, text
+            weights, edited = ("1.2)", "0.5") if "AND" in prompt else (), "[a : b : 3]" in prompt
+            assert all(f": {weight}" in text for weight in weights) and ("[a : b : 3]" in text) == edited
+    studio.host.load("sd1")
+
+
+def test_what_cannot_have_so_many_more_is_said(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    if studio.is_real:
+        pytest.skip("its tokenizer cannot be changed from here")
+    plain = studio.run()
+    from lib_memnoise.host import words
+
+    monkeypatch.setattr(words, "token_count", lambda text, steps: 2 * len(text))
+    run = studio.run({"method": "random_tokens"})
+    assert "the prompt has exactly 4 more" in (run.read("Memnoise failed") or "") and same(run, plain)
+
+
 @pytest.mark.parametrize("padding", ["pad", "end", "both"])
 def test_the_padding_fix_leaves_the_host_s_conditions_alone(studio: Studio, padding: str) -> None:
     before = studio.run()

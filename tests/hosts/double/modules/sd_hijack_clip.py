@@ -19,7 +19,10 @@ _SYLLABLES = [c + v for c in "bcdfghjklmnprstvwxyz" for v in "aeiou"]
 
 
 class Tokenizer:
-    """Words to numbers by hashing; every number is the name of an invented word, which is encoded as itself."""
+    """Words to numbers by hashing; every number is the name of an invented word, which is encoded as itself.
+
+    But for every eighth, which stands inside words, as CLIP's pieces without "</w>" do: written as a word it is two.
+    """
 
     bos_token_id = 49406
     eos_token_id = 49407
@@ -28,7 +31,16 @@ class Tokenizer:
         for mark, number in _PUNCTUATION.items():
             if number == token:
                 return mark
-        return "".join(_SYLLABLES[(token // 100**n) % 100] for n in range(3))
+        return "".join(_SYLLABLES[(token // 100**n) % 100] for n in range(3)) + "q" * self._is_inside(token)
+
+    @staticmethod
+    def _is_inside(token: int) -> bool:
+        return token % 8 == 7 and _FIRST <= token <= _LAST
+
+    def _tokens(self, word: str) -> list[int]:
+        if re.fullmatch("(?:[bcdfghjklmnprstvwxyz][aeiou]){3}q", word):
+            return [self._token(word[:4]), self._token(word[4:])]
+        return [self._token(word)]
 
     def _token(self, word: str) -> int:
         if word in _PUNCTUATION:
@@ -36,19 +48,19 @@ class Tokenizer:
         parts = re.findall("[bcdfghjklmnprstvwxyz][aeiou]", word)
         if len(parts) == 3 and "".join(parts) == word:
             number = sum(_SYLLABLES.index(part) * 100**n for n, part in enumerate(parts))
-            if _FIRST <= number <= _LAST:
+            if _FIRST <= number <= _LAST and not self._is_inside(number):
                 return number
         return _FIRST + zlib.crc32(word.encode()) % (_LAST - _FIRST + 1)
 
     def encode(self, text: str) -> list[int]:
-        return [self._token(word) for word in re.findall(r"\w+|[^\w\s]", text.lower())]
+        return [token for word in re.findall(r"\w+|[^\w\s]", text.lower()) for token in self._tokens(word)]
 
     def decode(self, tokens: Sequence[int], **_: Any) -> str:
         special = (self.bos_token_id, self.eos_token_id)
         return " ".join(self._word(int(token)) for token in tokens if int(token) not in special)
 
     def get_vocab(self) -> dict[str, int]:
-        vocab = {f"{self._word(i)}</w>": i for i in range(_FIRST, _LAST + 1)}
+        vocab = {self._word(i) + ("" if self._is_inside(i) else "</w>"): i for i in range(_FIRST, _LAST + 1)}
         vocab.update({f"{mark}</w>": i for mark, i in _PUNCTUATION.items()})
         return {**vocab, "<|startoftext|>": self.bos_token_id, "<|endoftext|>": self.eos_token_id}
 
