@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from lib_memnoise.wording import echo, is_encodable, meant
 MOST_IMAGES = 256
 MOST_CHARACTERS = 10_000
 """Of one text: a prompt is encoded 75 tokens at a time, at the cost of a text encoder's run each."""
+MOST_NESTED, MOST_SQUARE = 50, 100
+"""Brackets within one another, and square ones at all: the host's time for reading them grows with their square, in
+its queue, and it reads them by recursion."""
 MOST_SEED = 2**32 - 1
 
 
@@ -100,10 +104,25 @@ def text(name: str, value: Any, rule: str = "a text") -> str:
     return str(value)
 
 
+def prompt(name: str, value: Any, rule: str = "a text") -> str:
+    """A text that the host can read in its time."""
+    found = text(name, value, rule)
+    depth = nested = 0
+    plain = re.sub(r"\\.", "", found)
+    for bracket in re.findall(r"[][()]", plain):
+        depth = max(depth + (1 if bracket in "([" else -1), 0)
+        nested = max(nested, depth)
+    if nested > MOST_NESTED:
+        raise BadRequest(f"memnoise: {name} has {nested} brackets within one another; it may have {MOST_NESTED}.")
+    if plain.count("[") > MOST_SQUARE:
+        raise BadRequest(f"memnoise: {name} has {plain.count('[')} square brackets; it may have {MOST_SQUARE}.")
+    return found
+
+
 def prompts(name: str, value: Any) -> tuple[str, ...]:
     rule = "a text or a list of texts"
     need(value not in ([], ()), name, value, f"{rule}, at least one")
-    found = tuple(text(name, one, rule) for one in listed(value))
+    found = tuple(prompt(name, one, rule) for one in listed(value))
     need(all(one.strip() for one in found), name, value, f"{rule} that are not empty: an empty prompt has no score")
     return found
 
@@ -185,7 +204,7 @@ def words(name: str, value: Any) -> bool:
 
 READERS: dict[str, Callable[[str, Any], Any]] = {
     "prompts": prompts,
-    "negative_prompt": text,
+    "negative_prompt": prompt,
     "seeds": seeds,
     "width": size,
     "height": size,
