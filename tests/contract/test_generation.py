@@ -84,6 +84,27 @@ def test_cost_of_the_papers_settings(studio: Studio) -> None:
     assert studio.run({"steps": 4, "tau": 917.4490}, **euler).number("rows") == 112
 
 
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "at_zero"),
+    [("Heun", "Automatic", True), ("Heun", "Simple", False), ("DDIM", "Automatic", False)],
+)
+def test_a_tau_of_zero_leaves_guidance_to_a_last_step_at_zero(
+    studio: Studio, sampler: str, schedule: str, at_zero: bool
+) -> None:
+    """Guidance is on at t ≤ τ (Algorithm 1), and where a schedule steps on 0 the prompt has its say there."""
+    runs = [
+        studio.run(
+            {"method": "static", "tau": 0, "trace": "on"}, prompt=prompt, sampler_name=sampler, scheduler=schedule
+        )
+        for prompt in ("a red fox in the snow", "a blue whale in the sea")
+    ]
+    name = runs[0].info["extra_generation_params"]["Memnoise trace id"]
+    points = studio.host.get(f"/memnoise/v1/trace/{name}").json()["images"][0]["points"]
+    assert [point["guided"] for point in points] == [point["t"] < 0.01 for point in points]
+    assert points[-1]["guided"] == at_zero
+    assert same(*runs) != at_zero
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule(studio: Studio, schedule: str) -> None:
     euler = {"sampler_name": "Euler", "scheduler": schedule}
