@@ -33,6 +33,7 @@ from lib_memnoise.host.network import network
 from lib_memnoise.host.predictor import Predictor, empty_prompt, make_predictor
 from lib_memnoise.host.refusals import Interrupted, Unsupported, fails, keep_failed_cells, loses_errors
 from lib_memnoise.host.rows import Cond
+from lib_memnoise.host.waiting import count_time, shown
 from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.mitigations.descent import NoGradient
@@ -161,7 +162,9 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
             numbers = calibrated(settings, noise, predictor.step.t, reports)
             pinned = settings.pinned(checkpoint_preset(), numbers)
             settings = settings.resolved(checkpoint_preset(), numbers)
-            outcome = adjusted(noise, predictor, settings, reports, initial_of(p, predictor))
+            with shown(generation) as tell:
+                initial = replace(initial_of(p, predictor), tell=tell)
+                outcome = adjusted(noise, predictor, settings, reports, initial)
             hearing = Hearing(p, c, outcome.prompts, reports) if outcome.prompts else None
             if settings.trace == "compare" and not second_pass and not torch.equal(outcome.x, noise):
                 compare(p, x, noise, c, uc, predictor, settings, empty, reports)
@@ -438,6 +441,7 @@ def comment(p: Any, batch_number: int) -> None:
     generation = generation_of(p)
     if generation is None:
         return
+    count_time(generation)
     if generation.trace_id is not None:
         traces.STORE.put(generation.trace_id, traces.document(generation))
     for place, report in enumerate(generation.batch(batch_number)):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lib_memnoise.mitigations.outcome import Initial, Outcome
 from lib_memnoise.prediction import Delta, magnitude, working_precision
+from lib_memnoise.progress import Progress
 from lib_memnoise.settings import Settings
 
 
@@ -34,6 +35,7 @@ def adjust(x: Tensor, delta: Delta, initial: Initial, *, candidates: int) -> tup
         value = magnitude(delta(other).to(x.dtype))
         better = value < least
         best[better], least[better], chosen[better] = other[better], value[better], k
+        initial.tell(Progress(k + 1, candidates, "noise", len(x)))
     return best, before, least, chosen
 
 
