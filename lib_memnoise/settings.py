@@ -225,7 +225,8 @@ class Settings:
         step=1,
         methods=_DESCENT,
         preset=True,
-        help="An image that has not reached the target by then keeps the best it had, and says so.",
+        help="An image that has not reached the target by then, or at its pace will not come near it, keeps the best "
+        "it had, and says so. With the target 0 all steps are taken.",
     )
     weight_decay: float = _setting(
         0.01,

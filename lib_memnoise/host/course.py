@@ -38,7 +38,7 @@ from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.mitigations.descent import NoGradient
 from lib_memnoise.mitigations.outcome import Initial, Outcome, Scored, choose, run, run_some
-from lib_memnoise.settings import INFOTEXT, Settings, preset_for, size_factor, to_infotext
+from lib_memnoise.settings import ABSOLUTE, INFOTEXT, Settings, preset_for, size_factor, to_infotext
 
 LOOKS = "memnoise_looks"
 """Attribute of a processing object: ‖Δ‖ of the first step is wanted of what it generates."""
@@ -223,7 +223,8 @@ def settings_of_second(generation: Generation, reports: list[ImageReport]) -> Se
     Where numbers are given, all of the first pass's hold, as its infotext has them: so it makes the same picture.
     """
     settings = generation.pinned or generation.settings
-    if settings.preset != generation.settings.preset and checkpoint_preset() != generation.preset:
+    kinds = {ABSOLUTE.get(preset, preset) for preset in (checkpoint_preset(), generation.preset)}
+    if settings.preset != generation.settings.preset and len(kinds) > 1:
         for report in reports:
             report.note("some numbers were given, so all are the first pass's, whose checkpoint is of another kind")
     return replace(settings, when="always")
