@@ -101,6 +101,8 @@ class Generation:
     images: dict[tuple[int, int], ImageReport] = field(default_factory=dict)
     looks_at_first: bool = False
     """‖Δ‖ of the first step is wanted of every image, also where guidance is off and nothing is traced."""
+    left_out: float = 0.0
+    """Seconds of adjusting that the host's time since the job began is without, while it samples."""
     placed: object = None
     """The adjusted noise, where the host has it from us and has not taken it yet."""
 

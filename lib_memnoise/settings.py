@@ -166,8 +166,8 @@ class Settings:
         step=0.1,
         only=("guidance", "tau"),
         preset=True,
-        help="Guidance is off at timesteps above τ, whatever the sampler. 999: guidance from the first step. 0: only in a "
-        "last step at timestep 0, which many schedules have.",
+        help="Guidance is off at timesteps above τ, whatever the sampler. 999: guidance from the first step. "
+        "0: only in a last step at timestep 0, which many schedules have.",
     )
     latest: float | None = _setting(
         None,
@@ -238,7 +238,8 @@ class Settings:
         step=1,
         methods=_DESCENT,
         preset=True,
-        help="An image that has not reached the target by then keeps the best it had, and says so.",
+        help="An image that has not reached the target by then, or at its pace will not come near it, keeps the best "
+        "it had, and says so. With the target 0 all steps are taken.",
     )
     weight_decay: float = _setting(
         0.01,

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib_memnoise.mitigations.outcome import Initial, run, run_each
 from lib_memnoise.mitigations.per_sample import adjust
 from lib_memnoise.prediction import magnitude
+from lib_memnoise.progress import Progress
+from lib_memnoise.settings import from_mapping
 from tests.networks import SmallDelta, noise
 from tests.reference import figure_7
 
@@ -201,3 +205,59 @@ def test_steps_on_the_sphere_have_one_length_and_keep_the_noise_s(seed: int, lr:
         torch.testing.assert_close(result.x[image], best, atol=1e-8, rtol=1e-8)
         assert int(result.steps[image]) == steps
         assert math.isclose(result.x[image].norm(), x[image].norm(), rel_tol=1e-9)
+
+
+def test_a_hopeless_descent_is_given_up_and_others_are_not() -> None:
+    x, delta = noise(3), SmallDelta()
+    first = magnitude(delta(x)).detach()
+    slow = {"lr": 0.0005, "max_steps": 100}
+    whole = adjust(x, delta, target=0.0, **slow)
+    fell = first - whole.after
+    targets = torch.stack([first[0] - 0.9 * fell[0], 0.02 * first[1], whole.after[2] * 0.98])
+    told: list[Progress] = []
+    result = adjust(x, delta, target=lambda _: targets, patience=20, tell=told.append, **slow)
+    assert result.reached.tolist() == [True, False, False] and result.hopeless.tolist() == [False, True, False]
+    # far from the target it ends as soon as there is a pace to go by, just short of it only with its last step
+    assert result.steps[1] == 20 and result.steps[2] == 100 and 20 < result.steps[0] < 100
+    alone = adjust(x[2:], delta, target=float(targets[2]), **slow)
+    torch.testing.assert_close(result.x[2:], alone.x, atol=1e-5, rtol=1e-5)
+    # as in the paper, nothing is given up unless that is asked for; and a target of 0 asks for all steps
+    assert (adjust(x, delta, target=lambda _: targets, **slow).steps[1:] == 100).all()
+    assert (adjust(x, delta, target=0.0, patience=20, **slow).steps == 100).all()
+
+    assert [progress.done for progress in told] == list(range(101)) and told[0].running == 3
+    assert all(progress.most == 100 and progress.unit == "step" for progress in told)
+    assert told[0].value == pytest.approx(float(first[1])) and told[0].target == pytest.approx(float(targets[1]))
+    assert told[19].running == 3 and told[20].running == 2 and told[99].running == 1
+    assert "step 20 of at most 100, 2 images running, magnitude" in str(told[20])
+
+
+def test_the_product_gives_up_and_says_so() -> None:
+    x = noise(2)
+    settings = from_mapping({"method": "per_sample", "target": 0.02, "target_kind": "fraction", "lr": 0.0005})
+    outcome = run(x, SmallDelta(), settings.resolved("sd1"), Initial("eps"))
+    assert outcome.steps is not None and (outcome.steps == 20).all()
+    assert outcome.notes[0] == [
+        "the target was not reached in 20 steps, too slowly to reach it in 100, and the image has the best noise found"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "most", "unit"),
+    [
+        ({"method": "per_sample", "target": 0.9, "target_kind": "fraction"}, 100, "step"),
+        ({"method": "sail", "target": 0, "max_steps": 3, "redraws": 2}, 9, "step"),
+        ({"method": "noise_selection", "candidates": 6}, 6, "noise"),
+        ({"method": "batch_wise", "steps": 5}, 5, "adjustment"),
+    ],
+    ids=lambda value: value["method"] if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("way", [run, run_each])
+def test_progress_never_goes_back(given: dict[str, Any], most: int, unit: str, way: Any) -> None:
+    told: list[Progress] = []
+    initial = Initial("eps", seeds=[1, 2], tell=told.append)
+    way(noise(2), SmallDelta(), from_mapping(given).resolved("sd1"), initial)
+    assert {progress.most for progress in told} == {most * (2 if way is run_each else 1)}
+    done = [progress.done for progress in told]
+    assert done == sorted(done) and done[-1] <= told[-1].most and {progress.unit for progress in told} == {unit}
+    assert all(progress.running <= 2 for progress in told)

@@ -43,11 +43,12 @@ from lib_memnoise.host.refusals import (
     loses_errors,
 )
 from lib_memnoise.host.rows import Cond
+from lib_memnoise.host.waiting import count_time, shown
 from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.mitigations.descent import NoGradient
 from lib_memnoise.mitigations.outcome import Initial, Outcome, Scored, choose, only_measures, run, run_some
-from lib_memnoise.settings import INFOTEXT, Settings, preset_for, size_factor, to_infotext
+from lib_memnoise.settings import ABSOLUTE, INFOTEXT, Settings, preset_for, size_factor, to_infotext
 
 LOOKS = "memnoise_looks"
 """Attribute of a processing object: ‖Δ‖ of the first step is wanted of what it generates."""
@@ -176,7 +177,9 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
             numbers = calibrated(generation, settings, noise, predictor.step.t, reports)
             pinned = settings.pinned(checkpoint_preset(), numbers)
             settings = settings.resolved(checkpoint_preset(), numbers)
-            outcome = adjusted(noise, predictor, settings, reports, initial_of(p, predictor))
+            with shown(generation) as tell:
+                initial = replace(initial_of(p, predictor), tell=tell)
+                outcome = adjusted(noise, predictor, settings, reports, initial)
             hearing = Hearing(p, c, outcome.prompts, reports) if outcome.prompts else None
             if settings.trace == "compare" and not second_pass and not torch.equal(outcome.x, noise):
                 compare(p, x, noise, c, uc, predictor, settings, empty, reports)
@@ -236,7 +239,8 @@ def settings_of_second(generation: Generation, reports: list[ImageReport]) -> Se
     Where numbers are given, all of the first pass's hold, as its infotext has them: so it makes the same picture.
     """
     settings = generation.pinned or generation.settings
-    if settings.preset != generation.settings.preset and checkpoint_preset() != generation.preset:
+    kinds = {ABSOLUTE.get(preset, preset) for preset in (checkpoint_preset(), generation.preset)}
+    if settings.preset != generation.settings.preset and len(kinds) > 1:
         for report in reports:
             report.note("some numbers were given, so all are the first pass's, whose checkpoint is of another kind")
     return replace(settings, when="always")
@@ -495,6 +499,7 @@ def comment(p: Any, batch_number: int) -> None:
     generation = generation_of(p)
     if generation is None:
         return
+    count_time(generation)
     if generation.trace_id is not None:
         traces.STORE.put(generation.trace_id, traces.document(generation))
     for place, report in enumerate(generation.batch(batch_number)):

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from lib_memnoise.mitigations.outcome import Initial, Outcome
 from lib_memnoise.prediction import Delta, magnitude, per_image, working_precision
+from lib_memnoise.progress import Progress, Tell, untold
 from lib_memnoise.settings import Settings
 
 
 @torch.no_grad()
-def adjust(x: Tensor, delta: Delta, *, gamma: float, rho: float, steps: int) -> Tensor:
+def adjust(x: Tensor, delta: Delta, *, gamma: float, rho: float, steps: int, tell: Tell = untold) -> Tensor:
     """Adjust initial latents along the sharpness of the conditional prediction (Algorithm 1, first loop).
 
     Args:
@@ -20,6 +21,7 @@ def adjust(x: Tensor, delta: Delta, *, gamma: float, rho: float, steps: int) -> 
         gamma: adjustment strength γ̃ (Eq. 10), in units of x per unit of Δ.
         rho: sharpness parameter ρ: the length ‖δ̂‖₂ of the probe, in units of x.
         steps: number of adjustments M.
+        tell: is told of each.
 
     Returns:
         x̃_T in the shape of x, float32 (float64 if x is). x itself is not changed.
@@ -31,13 +33,14 @@ def adjust(x: Tensor, delta: Delta, *, gamma: float, rho: float, steps: int) -> 
     x = working_precision(x)
     if gamma == 0 or rho == 0:
         return x
-    for _ in range(steps):
+    for number in range(steps):
         prediction = delta(x).to(x.dtype)
         length = per_image(magnitude(prediction))
         # δ̂(x_T) = ρ · ε̃(x_T, T, y) / ‖ε̃(x_T, T, y)‖₂
         probe = rho * prediction / torch.where(length == 0, torch.ones_like(length), length)
         # x̃_T = x_T − γ̃ (ε̃(x_T + δ̂(x_T), T, y) − ε̃(x_T, T, y))
         x = x - gamma * (delta(x + probe).to(x.dtype) - prediction)
+        tell(Progress(number + 1, steps, "adjustment", len(x)))
     return x
 
 
@@ -46,6 +49,6 @@ def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> O
     assert settings.gamma is not None and settings.rho is not None and settings.steps is not None
     factor = initial.factor(x)
     return Outcome(
-        adjust(x, delta, gamma=settings.gamma, rho=settings.rho * factor, steps=settings.steps),
+        adjust(x, delta, gamma=settings.gamma, rho=settings.rho * factor, steps=settings.steps, tell=initial.tell),
         used={"gamma": settings.gamma, "rho": settings.rho * factor, "steps": settings.steps},
     )

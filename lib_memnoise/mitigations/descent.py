@@ -8,9 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lib_memnoise.progress import Progress, Tell, untold
+
 LOSS_SCALE = 1024.0
 """Keeps gradients inside a half-precision network above its smallest numbers. A power of two: dividing it out
 again is exact, so in float32 it changes nothing."""
+
+PATIENCE, FAR = 20, 2.0
+"""When the methods give up (`descend`'s `patience`): on the miniature no descent is given up that reaches its target
+within its steps, by either rule (`benchmarks/hopeless.py`). Losses fall ever more slowly, so that the pace at hand is
+more than can be expected; but near their end they go up and down, and may fall by luck."""
 
 Loss = Callable[[list[Tensor], list[int]], Tensor]
 """`loss(variables, images)`: `(n,)`, of the images of these indices, each with its variable."""
@@ -28,6 +35,8 @@ class Descent(NamedTuple):
     before: Tensor
     after: Tensor
     reached: Tensor
+    hopeless: Tensor
+    """Ended before all steps were taken, for the target was too far (`descend`'s `patience`)."""
 
 
 def gradients(loss: Tensor, variables: Sequence[Tensor]) -> list[Tensor]:
@@ -51,6 +60,8 @@ def descend(
     optimiser: Callable[[list[Tensor]], torch.optim.Optimizer],
     target: float | Callable[[Tensor], Tensor],
     max_steps: int,
+    tell: Tell = untold,
+    patience: int | None = None,
 ) -> Descent:
     """Minimise each image's loss over its variable until it is below the target (the loop of Figure 7).
 
@@ -61,6 +72,9 @@ def descend(
         target: an image stops as soon as its loss < target. A function is given the first losses `(B,)` and returns a
             target for each.
         max_steps: the most optimiser steps an image takes.
+        tell: is told of every evaluation.
+        patience: an image ends as well where, at the pace of the last so many steps, all that are left would not
+            bring it below `FAR` times its target. None: it takes them all; so it does if the target is 0.
 
     Returns:
         `Descent`: where the target was not reached, the variable is the best one seen. A loss that is not finite ends
@@ -77,6 +91,8 @@ def descend(
     taken = torch.zeros(batch, dtype=torch.long, device=like.device)
     reached = torch.zeros(batch, dtype=torch.bool, device=like.device)
     targets = like.new_zeros(batch)
+    hopeless = torch.zeros(batch, dtype=torch.bool, device=like.device)
+    lowest: list[Tensor] = []  # of every step, the lowest losses by then
 
     running = list(range(batch))
     for step in range(max_steps + 1):
@@ -85,7 +101,7 @@ def descend(
         value = current.detach()
         if step == 0:
             before[:] = after[:] = value
-            targets = target(value).to(like) if callable(target) else like.new_full((batch,), target)
+            targets = target(value).detach().to(like) if callable(target) else like.new_full((batch,), target)
         for k, i in enumerate(running):
             if value[k] <= after[i]:
                 best[i], after[i] = variables[i].detach().clone(), value[k]
@@ -93,7 +109,12 @@ def descend(
         # `if loss < target_loss: break`, image by image.
         below = value < targets[running]
         reached[running] = below
-        going = [k for k, go in enumerate((~below & torch.isfinite(value)).tolist()) if go]
+        lowest.append(after.clone())
+        if patience is not None and patience <= step < max_steps:
+            far = is_far(lowest[step - patience], after, targets, patience, max_steps - step)[running]
+            hopeless[running] = far & ~below
+        going = [k for k, go in enumerate((~below & torch.isfinite(value) & ~hopeless[running]).tolist()) if go]
+        tell(_progress(step, max_steps, value[going], targets[running][going]))
         if step == max_steps or not going:
             break
 
@@ -109,4 +130,17 @@ def descend(
         taken[running] += 1
         if not running:
             break
-    return Descent(best, taken, before, after, reached)
+    return Descent(best, taken, before, after, reached, hopeless)
+
+
+def is_far(before: Tensor, now: Tensor, target: Tensor, steps: int, left: int) -> Tensor:
+    """Whether an image is not to be brought near its target in `left` steps: losses `steps` ago and now, `(B,)`."""
+    return (target > 0) & (now - (before - now) / steps * left >= FAR * target)
+
+
+def _progress(step: int, most: int, value: Tensor, target: Tensor) -> Progress:
+    """`value` and `target`: of the images that are still running."""
+    if not len(value):
+        return Progress(step, most, "step", 0)
+    worst = int((value - target).argmax())
+    return Progress(step, most, "step", len(value), float(value[worst]), float(target[worst]))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lib_memnoise.mitigations.outcome import Initial, Outcome
 from lib_memnoise.prediction import Delta, magnitude, per_image, working_precision
+from lib_memnoise.progress import Progress
 from lib_memnoise.settings import Settings
 
 
@@ -35,6 +36,7 @@ def adjust(x: Tensor, delta: Delta, initial: Initial, *, candidates: int) -> tup
         better = value < least
         best, least = torch.where(per_image(better), other, best), torch.where(better, value, least)
         chosen = torch.where(better, k, chosen)
+        initial.tell(Progress(k + 1, candidates, "noise", len(x)))
     return best, before, least, chosen
 
 

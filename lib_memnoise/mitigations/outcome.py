@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from lib_memnoise.attention import Attention
 from lib_memnoise.guidance import ALWAYS, start_timestep
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.prediction import NORM_BOUND, Delta, magnitude, norm_ratio, select, working_precision
+from lib_memnoise.progress import Tell, part, untold
 from lib_memnoise.settings import Settings, size_factor
 
 
@@ -35,6 +37,8 @@ class Initial:
     """The text encoder's ordinary tokens, as text; "" for one that is not what it is written as."""
     tokens: Callable[[str], int | None] = lambda text: None
     """How many tokens a prompt is encoded to at the first step; None where that cannot be told."""
+    tell: Tell = untold
+    """Is told how far a method is that takes its time."""
 
     def factor(self, x: Tensor) -> float:
         """By which ρ and an absolute target scale."""
@@ -100,13 +104,29 @@ def aimed(settings: Settings, factor: float) -> tuple[float | Callable[[Tensor],
     return value * factor, value * factor
 
 
-def missed(reached: Tensor, steps: Tensor, what: str) -> dict[int, list[str]]:
+class Ended(Protocol):
+    """How the descents of a batch ended, `(B,)` each."""
+
+    @property
+    def reached(self) -> Tensor: ...
+
+    @property
+    def hopeless(self) -> Tensor: ...
+
+    @property
+    def steps(self) -> Tensor: ...
+
+
+def missed(ended: Ended, what: str, most: int) -> dict[int, list[str]]:
     """A note for each image that has not reached its target."""
-    return {
-        image: [f"the target was not reached in {taken} steps and the image has the best {what} found"]
-        for image, (ok, taken) in enumerate(zip(reached.tolist(), steps.tolist()))
-        if not ok
-    }
+    notes = {}
+    for image, (ok, far, taken) in enumerate(
+        zip(ended.reached.tolist(), ended.hopeless.tolist(), ended.steps.tolist())
+    ):
+        if not ok:
+            why = f", too slowly to reach it in {most}," if far else ""
+            notes[image] = [f"the target was not reached in {taken} steps{why} and the image has the best {what} found"]
+    return notes
 
 
 def only_measures(settings: Settings) -> bool:
@@ -243,7 +263,15 @@ def run_some(images: Sequence[int], x: Tensor, delta: Delta, initial: Initial, w
 
 def run_each(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
     """`run`, one image at a time: the least memory. Every image is on its own in any case."""
-    images = [run(x[i : i + 1], select(delta, [i]), settings, initial.select([i])) for i in range(len(x))]
+    images = [
+        run(
+            x[i : i + 1],
+            select(delta, [i]),
+            settings,
+            replace(initial.select([i]), tell=part(initial.tell, i, len(x))),
+        )
+        for i in range(len(x))
+    ]
 
     def joined(name: str) -> Tensor | None:
         values = [getattr(image, name) for image in images]

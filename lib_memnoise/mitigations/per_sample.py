@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lib_memnoise.mitigations.descent import descend
+from lib_memnoise.mitigations.descent import PATIENCE, descend
 from lib_memnoise.mitigations.outcome import Initial, Outcome, aimed, missed
 from lib_memnoise.prediction import Delta, magnitude, select, working_precision
+from lib_memnoise.progress import Tell, untold
 from lib_memnoise.settings import Settings
 
 
@@ -25,6 +26,7 @@ class Adjusted(NamedTuple):
     before: Tensor
     after: Tensor
     reached: Tensor
+    hopeless: Tensor
 
 
 class SphereSteps(torch.optim.Optimizer):
@@ -60,6 +62,8 @@ def adjust(
     max_steps: int,
     weight_decay: float = 0.01,
     rule: str = "adamw",
+    tell: Tell = untold,
+    patience: int | None = None,
 ) -> Adjusted:
     """Minimise ‖Δ(x, T)‖₂ of every image over its initial latent, with AdamW (Figure 7).
 
@@ -74,6 +78,8 @@ def adjust(
         max_steps: the most optimiser steps an image takes.
         weight_decay: AdamW's, 0.01 as in the paper; it keeps ‖x̃_T‖ near √d (Appendix C).
         rule: "adamw", or "sphere" for `SphereSteps` instead, which knows no decay.
+        tell: is told of every evaluation.
+        patience: see `descent.descend`; None, as in the paper: an image takes all steps if it does not get there.
 
     Returns:
         `Adjusted`: the latents (float32, float64 if x is) and, per image, steps taken, magnitude before and
@@ -102,8 +108,10 @@ def adjust(
         ),
         target=target,
         max_steps=max_steps,
+        tell=tell,
+        patience=patience,
     )
-    return Adjusted(torch.stack(found.best), found.steps, found.before, found.after, found.reached)
+    return Adjusted(torch.stack(found.best), found.steps, found.before, found.after, found.reached, found.hopeless)
 
 
 def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
@@ -118,6 +126,8 @@ def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> O
         max_steps=settings.max_steps,
         weight_decay=settings.weight_decay,
         rule=settings.rule,
+        tell=initial.tell,
+        patience=PATIENCE,
     )
     return Outcome(
         result.x,
@@ -125,5 +135,5 @@ def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> O
         after=result.after,
         steps=result.steps,
         used={"rule": settings.rule, "lr": settings.lr, "target": used},
-        notes=missed(result.reached, result.steps, "noise"),
+        notes=missed(result, "noise", settings.max_steps),
     )

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lib_memnoise.mitigations.descent import descend
+from lib_memnoise.mitigations.descent import PATIENCE, descend
 from lib_memnoise.mitigations.outcome import Initial, Outcome, Prompt, Scored, aimed, missed
 from lib_memnoise.prediction import Delta, PromptedDelta, magnitude, working_precision
+from lib_memnoise.progress import Tell, untold
 from lib_memnoise.settings import Settings
 
 
@@ -22,6 +23,7 @@ class Adjusted(NamedTuple):
     before: Tensor
     after: Tensor
     reached: Tensor
+    hopeless: Tensor
 
 
 def adjust(
@@ -33,6 +35,8 @@ def adjust(
     max_steps: int,
     weight_decay: float = 0.01,
     fixed: Sequence[int] = (0,),
+    tell: Tell = untold,
+    patience: int | None = None,
 ) -> Adjusted:
     """Minimise ‖Δ(x_T, T)‖ of every image over its prompt's vectors, with AdamW.
 
@@ -43,6 +47,7 @@ def adjust(
         target: an image stops as soon as its ‖Δ‖ is below it. The authors' is for one norm over a batch of B images;
             an image's is that divided by √B.
         fixed: the places of start tokens, whose gradient is zero.
+        tell: is told of every evaluation. patience: see `descent.descend`.
 
     Cost an image: one unconditional row, and a row for each of its prompts and losses; backward, that for each step.
     """
@@ -59,8 +64,10 @@ def adjust(
         optimiser=lambda vectors: torch.optim.AdamW(vectors, lr=lr, weight_decay=weight_decay),
         target=target,
         max_steps=max_steps,
+        tell=tell,
+        patience=patience,
     )
-    return Adjusted(found.best, found.steps, found.before, found.after, found.reached)
+    return Adjusted(found.best, found.steps, found.before, found.after, found.reached, found.hopeless)
 
 
 def _held(vectors: Tensor, fixed: Sequence[int]) -> Tensor:
@@ -81,22 +88,20 @@ def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> O
             before = magnitude(delta(x).float())
         reached = before < (target(before) if callable(target) else target)
         steps = torch.zeros(len(x), dtype=torch.long)
-        return Outcome(
-            working_precision(x), before=before, after=before, steps=steps, used={"lr": settings.lr, "target": used},
-            notes=missed(reached, steps, "vectors"),
+        result = Adjusted([], steps, before, before, reached, torch.zeros_like(reached))
+    else:
+        assert isinstance(delta, PromptedDelta)
+        result = adjust(
+            x, delta, lr=settings.lr, target=target, max_steps=settings.max_steps, weight_decay=settings.weight_decay,
+            fixed=delta.fixed, tell=initial.tell, patience=PATIENCE,
         )  # fmt: skip
-    assert isinstance(delta, PromptedDelta)
-    result = adjust(
-        x, delta, lr=settings.lr, target=target, max_steps=settings.max_steps, weight_decay=settings.weight_decay,
-        fixed=delta.fixed,
-    )  # fmt: skip
     return Outcome(
         working_precision(x),
         before=result.before,
         after=result.after,
         steps=result.steps,
         used={"lr": settings.lr, "target": used},
-        notes=missed(result.reached, result.steps, "vectors"),
+        notes=missed(result, "vectors", settings.max_steps),
         prompts={
             image: Prompt(vectors=result.vectors[image]) for image, steps in enumerate(result.steps.tolist()) if steps
         },

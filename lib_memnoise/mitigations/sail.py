@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lib_memnoise.mitigations.descent import descend
+from lib_memnoise.mitigations.descent import PATIENCE, descend
 from lib_memnoise.mitigations.outcome import Initial, Outcome, aimed
 from lib_memnoise.prediction import Delta, magnitude, per_image, select, working_precision
+from lib_memnoise.progress import part
 from lib_memnoise.settings import Settings
 
 
@@ -35,6 +37,7 @@ def adjust(
     target: float | Callable[[Tensor], Tensor],
     max_steps: int,
     redraws: int,
+    patience: int | None = None,
 ) -> Adjusted:
     """Minimise ‖Δ(x + δ, T)‖ + α‖x‖, δ = Δ/‖Δ‖, with Adam.
 
@@ -48,6 +51,7 @@ def adjust(
         target: an image stops as soon as its loss is below it, as in `descent.descend`.
         max_steps: the most optimiser steps with one noise.
         redraws: how often an image that has not reached the target starts again, from other noise of its seed.
+        patience: see `descent.descend`.
 
     Cost an image and step: four network rows forward and four backward.
     """
@@ -82,6 +86,8 @@ def adjust(
             optimiser=lambda latents: torch.optim.Adam(latents, lr=lr),
             target=target,
             max_steps=max_steps,
+            tell=part(lambda own: initial.tell(replace(own, what="loss")), attempt, redraws + 1),
+            patience=patience,
         )
         for k, image in enumerate(left):
             result.steps[image] += found.steps[k]
@@ -106,7 +112,7 @@ def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> O
     aim = (lambda before: target(before - length) + length) if callable(target) else target
     result = adjust(
         x, delta, initial, lr=settings.lr, alpha=settings.alpha, target=aim, max_steps=settings.max_steps,
-        redraws=settings.redraws,
+        redraws=settings.redraws, patience=PATIENCE,
     )  # fmt: skip
     # An image none of whose noises had a loss has no adjusted noise either.
     latents = result.x.masked_fill(~per_image(torch.isfinite(result.after)), float("nan"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from collections.abc import Callable
 from contextlib import closing
 from secrets import compare_digest
@@ -310,8 +311,15 @@ class Api:
 
     def progressapi(self) -> Any:
         state = shared.state
-        done = min(state.sampling_step / state.sampling_steps, 1) if state.sampling_steps and state.job else 0
-        return models.ProgressResponse(progress=done, eta_relative=0, state=state.dict(), textinfo=state.textinfo)
+        if state.job_count == 0:
+            return models.ProgressResponse(progress=0, eta_relative=0, state=state.dict(), textinfo=state.textinfo)
+        done, jobs = 0.01, state.job_count
+        done += state.job_no / jobs if jobs > 0 else 0
+        done += state.sampling_step / state.sampling_steps / jobs if state.sampling_steps > 0 else 0
+        since = time.time() - state.time_start
+        return models.ProgressResponse(
+            progress=min(done, 1), eta_relative=since / done - since, state=state.dict(), textinfo=state.textinfo
+        )
 
     def interruptapi(self) -> dict:
         shared.state.interrupt()
