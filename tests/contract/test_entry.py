@@ -6,7 +6,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from lib_memnoise.settings import SPECS, type_of
 from tests.anything import HARMLESS, TEXTS, VALUES, is_sentence
 from tests.contract.conftest import Studio
+from tests.contract.test_compare import PATTERN, file_of
 from tests.contract.test_requests import plot_controls
 from tests.contract.test_scores import SMALL
 
@@ -377,3 +380,38 @@ def test_a_fault_in_reading_settings_is_no_unmitigated_image(double: Any, monkey
     monkeypatch.setattr(arguments, "from_mapping", broken)
     answer = Studio(double).answer([True, {}])
     assert answer.status == 500 and answer.detail == "memnoise: the settings could not be read (ZeroDivisionError)."
+
+
+def test_an_upload_of_gradio_4_is_a_path(double: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lib_memnoise.host import page, picture, request
+
+    file = tmp_path / "upload.png"
+    file.write_bytes(file_of(PATTERN, "PNG"))
+    found = picture.opened(page.as_sent(SimpleNamespace(path=str(file), url=None)))
+    assert found is not None and found.tobytes() == PATTERN.tobytes()
+    assert page.as_sent(None) is None and page.as_sent("data:") == "data:"
+    monkeypatch.setattr(picture, "MOST_BYTES", 1000)
+    for path in (file, tmp_path / "none.png", tmp_path):
+        with pytest.raises(request.BadRequest, match="memnoise: reference "):
+            picture.opened(page.as_sent(SimpleNamespace(path=str(path))))
+    with pytest.raises(request.BadRequest, match="memnoise: reference "):
+        picture.opened(page.as_sent(SimpleNamespace(path=None)))
+
+
+def test_saved_styles_and_schedules_are_known(double: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modules import sd_schedulers, shared
+
+    from lib_memnoise.host import request
+
+    monkeypatch.setitem(shared.prompt_styles.styles, "Watercolour", None)
+    assert request.parse({"prompt": "a", "styles": "Watercolour"}).styles == ("Watercolour",)
+    with pytest.raises(request.BadRequest, match=r'"watercolor" is not valid \(did you mean "Watercolour"\?\)'):
+        request.parse({"prompt": "a", "styles": ["Watercolour", "watercolor"]})
+    for one in sd_schedulers.schedulers:
+        for name in (one.name, one.label):
+            assert request.parse({"prompt": "a", "scheduler": name}).scheduler == name
+    # Forge Classic has neither list.
+    monkeypatch.setitem(sys.modules, "modules.sd_schedulers", None)
+    monkeypatch.delattr(shared, "prompt_styles")
+    found = request.parse({"prompt": "a", "scheduler": "anything", "styles": ["any"]})
+    assert (found.scheduler, found.styles) == ("anything", ("any",))
