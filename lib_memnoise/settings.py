@@ -166,8 +166,8 @@ class Settings:
         step=0.1,
         only=("guidance", "tau"),
         preset=True,
-        help="Guidance is off at timesteps above τ, whatever the sampler. 999: guidance from the first step. 0: only in a "
-        "last step at timestep 0, which many schedules have.",
+        help="Guidance is off at timesteps above τ, whatever the sampler. 999: guidance from the first step. 0: in a "
+        "last step at timestep 0 alone, which many schedules have.",
     )
     latest: float | None = _setting(
         None,
