@@ -13,6 +13,7 @@ import sys
 import uuid
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.blank import blank_images
 from lib_memnoise.host.calibrations import parameterization
 from lib_memnoise.host.drawn import trace_as_drawn
+from lib_memnoise.host.first_step import is_only_step
 from lib_memnoise.host.gate import GATE, Gate, remove
 from lib_memnoise.host.gradients import run_leanly
 from lib_memnoise.host.hearing import Hearing
@@ -146,6 +148,8 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
                 as_host=is_measured_first(settings),
             )
             settings = resolved(generation, noise, predictor.step.t, reports)
+            if is_only_step(p):  # held back there, the prompt would have no say at all
+                settings = replace(settings, tau_of=0.0)
             outcome = adjusted(noise, predictor, settings, reports, initial_of(p, predictor))
             hearing = Hearing(p, c, outcome.prompts, reports) if outcome.prompts else None
             if settings.trace == "compare" and not second_pass and not torch.equal(outcome.x, noise):
