@@ -28,6 +28,7 @@ from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.blank import blank_images
 from lib_memnoise.host.calibrations import parameterization
 from lib_memnoise.host.drawn import trace_as_drawn
+from lib_memnoise.host.first_step import is_only_step
 from lib_memnoise.host.gate import GATE, Gate, remove
 from lib_memnoise.host.gradients import run_leanly
 from lib_memnoise.host.hearing import Hearing
@@ -177,6 +178,8 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
             numbers = calibrated(generation, settings, noise, predictor.step.t, reports)
             pinned = settings.pinned(checkpoint_preset(), numbers)
             settings = settings.resolved(checkpoint_preset(), numbers)
+            if is_only_step(p):  # held back there, the prompt would have no say at all
+                settings = replace(settings, tau_of=0.0)
             with shown(generation) as tell:
                 initial = replace(initial_of(p, predictor), tell=tell)
                 outcome = adjusted(noise, predictor, settings, reports, initial)

@@ -58,6 +58,14 @@ def steps_of(p: Any) -> tuple[int, int]:
     return found
 
 
+def is_only_step(p: Any) -> bool:
+    """Whether the pass has no step but its first. Samplers that count in timesteps stop at the last of them."""
+    steps, used = steps_of(p)
+    if hasattr(p.sampler, "get_timesteps"):
+        return (used if is_second(p) else steps) <= 2
+    return (used + 1 if is_second(p) else steps) <= 1
+
+
 def extra_noise() -> float:
     """The host's option: so much more of the noise is added to a picture that is sampled on."""
     return float(getattr(shared.opts, "img2img_extra_noise", 0.0))

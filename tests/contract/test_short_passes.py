@@ -69,6 +69,20 @@ def test_every_method_whose_guidance_starts_later(studio: Studio, method: str) -
     assert used(run, "tau_share") is not None
 
 
+def test_the_only_step_of_a_pass_keeps_its_guidance(studio: Studio) -> None:
+    """Held back there, the prompt would have no say at all."""
+    few: list[dict[str, Any]] = [
+        {"steps": 2},
+        img2img(sampler_name="Euler", denoising_strength=0.05),
+        img2img(denoising_strength=0.25),
+    ]
+    for payload in few:
+        run = studio.run({"trace": "on"}, **payload)
+        assert guided(studio, run) == [True], payload
+        assert "guidance is never off" in (run.read("Memnoise note") or "")
+    assert guided(studio, studio.run({"trace": "on"}, steps=4)) == [False, True, True]
+
+
 def test_hires_second_pass(studio: Studio) -> None:
     hires: dict[str, Any] = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.5}
     run = studio.run({"hires": True, "trace": "on"}, **hires, sampler_name="Euler", steps=10)
