@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib_memnoise.generation import HIRES_KEYS, REPORT_KEYS, ImageReport, report_infotext
 from lib_memnoise.lab.sampling import ddim_timesteps
 from lib_memnoise.mitigations import METHODS
 from lib_memnoise.settings import (
@@ -23,6 +25,7 @@ from lib_memnoise.settings import (
     from_infotext,
     from_mapping,
     from_text,
+    infotext_key,
     is_open,
     is_used,
     json_schema,
@@ -150,6 +153,23 @@ def test_malformed_infotext_is_reported_not_raised() -> None:
     assert given_ == {"enabled": True, "method": "batch_wise", "tau": 880.0}
     assert problems == ['memnoise: gamma = "abc" is not valid; it must be a number from 0 to 10.']
     assert from_infotext({"Steps": "20"}) == ({"enabled": False}, [])
+
+
+def test_what_is_told_of_an_image_is_no_setting() -> None:
+    """Report keys in an infotext change nothing that is restored from it, whatever they say."""
+    first = ImageReport(before=1.5, after=0.5, steps=3, norm=1.0, forward_rows=9, backward_rows=6, threshold=2.0)
+    first.used, first.prompt, first.failed, first.transition = {"tau": 880.0, "T": 981.0}, "a fox", "it broke", 700.0
+    first.calibration = "120 built-in prompts at timestep 981"
+    first.note("steps: 4")
+    first.hires = replace(first, notes=["again"], hires=None)
+    told = report_infotext(first)
+    assert set(told) == {f"Memnoise {key}" for key in REPORT_KEYS + HIRES_KEYS} and None not in told.values()
+    assert not set(told) & {infotext_key(name) for name in SPECS}
+    settings = to_infotext(from_mapping({"hires": True, "tau": 500}).pinned("sd1"))
+    text = {key: str(value) for key, value in settings.items()}
+    assert from_infotext({**text, **{key: str(value) for key, value in told.items()}}) == from_infotext(text)
+    assert told["Memnoise rows"] == 18 and told["Memnoise backward rows"] == 12  # of both passes
+    assert told["Memnoise note"] == "steps: 4; hires pass: again"
 
 
 def test_only_what_differs_is_written() -> None:
