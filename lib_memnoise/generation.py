@@ -47,6 +47,8 @@ class ImageReport:
     """The score above which an image is mitigated, where only such images are."""
     calibration: str | None = None
     """The calibration that numbers come from."""
+    blank: bool = False
+    """The pass's prompt is empty, so that there is nothing to adjust."""
     left_alone: bool = False
     """Not mitigated, because its score is not above the threshold."""
     prompt: str | None = None

@@ -356,7 +356,7 @@ def test_a_scale_of_one_changes_no_bit() -> None:
 
 def test_transition_points_need_guidance_that_starts_later() -> None:
     for method in ("static", "dynamic", "opposite_guidance"):
-        with pytest.raises(SettingError, match=f"guidance = first leaves the method {method} nothing to do"):
+        with pytest.raises(SettingError, match=f'guidance = "first" leaves the method {method} nothing to do'):
             from_mapping({"method": method, "guidance": "first"})
         assert from_mapping({"method": method, "guidance": "tau", "tau": 800}).start == "tau"
     assert Settings(method="opposite_guidance").resolved("sd1").opposite == 5

@@ -230,8 +230,8 @@ def begin_second(first: ImageReport, settings: Settings) -> ImageReport:
 
     A score is taken at the first timestep of a sampler: at another one it means nothing beside the same threshold.
     """
-    first.hires = second = ImageReport(left_alone=first.left_alone)
-    if settings.when == "flagged" and first.threshold is None:
+    first.hires = second = ImageReport(left_alone=first.left_alone and not first.blank)
+    if settings.when == "flagged" and (first.threshold is None or first.blank):
         second.note("the image was not scored in a first pass, so it counts as memorised")
     return second
 
@@ -251,7 +251,7 @@ def settings_of_second(generation: Generation, reports: list[ImageReport]) -> Se
 
 def leave_blank_alone(reports: list[ImageReport], blank: list[int]) -> None:
     for image in blank:
-        reports[image].left_alone = True
+        reports[image].blank = reports[image].left_alone = True
         reports[image].note("the prompt is empty, and there is nothing to adjust")
 
 

@@ -317,9 +317,9 @@ BODIES = VALUES | st.fixed_dictionaries(
 @example({"prompt": "a", "cfg_scale": HUGE})
 @example({"prompt": "\ud800"})
 def test_any_request_is_read_or_refused(double: Any, body: Any) -> None:
-    from lib_memnoise.host import api, compare, request
+    from lib_memnoise.host import calibrating, compare, request
 
-    for read in (request.parse, api.to_calibrate, compare.parse):
+    for read in (request.parse, calibrating.parse, compare.parse):
         try:
             read(body)
         except request.BadRequest as error:

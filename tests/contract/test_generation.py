@@ -245,8 +245,8 @@ def test_hires_first_pass_only_unless_asked(studio: Studio) -> None:
     assert both.number("rows") > first.number("rows")
     assert both.read("Memnoise failed") is None
     # Each pass is adjusted once, whatever the host calls twice: 4·M rows.
-    static = studio.run({"method": "static", "tau": 900, "hires": True}, **hires)
-    assert both.number("rows") - static.number("rows") == 16
+    idle = studio.run({"steps": 0, "hires": True}, **hires)
+    assert both.number("rows") - idle.number("rows") == 16
 
 
 def test_refiner_switch_while_guidance_is_off(studio: Studio) -> None:
@@ -323,15 +323,16 @@ def test_each_pass_tells_of_itself(studio: Studio, settings: dict[str, Any]) -> 
 def test_a_hires_pass_has_its_own_checkpoints_preset(studio: Studio) -> None:
     other = {**HIRES, "hr_checkpoint_name": "sd2-v.safetensors"}
     run = studio.run({"hires": True}, **other)
-    assert (run.read("Memnoise used") or "").startswith("gamma=0.7 rho=6.25 steps=2 tau=900 ")
+    assert (run.read("Memnoise used") or "").startswith("gamma=0.7 rho=6.25 steps=2 tau=803.67 ")
     used = run.read("Memnoise hires used") or ""
-    assert used.startswith("gamma=0.0479 rho=5 steps=4 tau=917.449 "), used
+    assert used.startswith("gamma=0.0479 rho=5 steps=4 tau=") and "tau_share=0.918367 " in used, used
     assert run.read("Memnoise hires failed") is None
     # and the other way round
     studio.host.load("sd2-v")
     back = studio.run({"hires": True}, **{**HIRES, "hr_checkpoint_name": "sd1.safetensors"})
     assert (back.read("Memnoise used") or "").startswith("gamma=0.0479 ")
-    assert (back.read("Memnoise hires used") or "").startswith("gamma=0.7 rho=12.5 steps=2 tau=900 ")
+    used = back.read("Memnoise hires used") or ""
+    assert used.startswith("gamma=0.7 rho=12.5 steps=2 tau=") and "tau_share=0.917431 " in used, used
     studio.host.load("sd1")
 
     # Where a number is given all are written down, and hold in both passes: so the infotext makes the same picture.

@@ -459,7 +459,7 @@ def test_a_threshold_is_typed_in_or_left_open(page: HostPage) -> None:
     page.type("threshold", "high")
     page.generate()
     expect(page.refusal).to_contain_text(
-        f'memnoise: threshold = "high" is not valid; it must be {requirement("threshold")}.'
+        f'Memnoise: threshold = "high" is not valid; it must be {requirement("threshold")}.'
     )
     page.paste(PICTURE + ", Memnoise: batch_wise, Memnoise when: flagged, Memnoise threshold: 2.5")
     expect(page.field("threshold")).to_have_value("2.5")

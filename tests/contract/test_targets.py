@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from lib_memnoise.calibration import ordinary_prompts
 from tests.contract.conftest import Studio
 from tests.contract.test_generation import same
-from tests.contract.test_scores import SMALL, post
+from tests.contract.test_scores import SMALL, forget, post
 
 SIZE = {"width": 72, "height": 64}
 """At which nothing else is calibrated."""
+
+
+@pytest.fixture(autouse=True)
+def uncalibrated(studio: Studio) -> Iterator[None]:
+    """Other tests' calibrations would serve."""
+    forget(studio)
+    yield
+    forget(studio)
 
 
 @pytest.mark.parametrize("model", ["sd1", "sd2-v", "sdxl"])
