@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib_memnoise.mitigations.descent import PATIENCE
 from lib_memnoise.mitigations.outcome import Initial, run, run_each
 from lib_memnoise.mitigations.per_sample import adjust
 from lib_memnoise.prediction import magnitude
@@ -236,9 +237,9 @@ def test_the_product_gives_up_and_says_so() -> None:
     x = noise(2)
     settings = from_mapping({"method": "per_sample", "target": 0.02, "target_kind": "fraction", "lr": 0.0005})
     outcome = run(x, SmallDelta(), settings.resolved("sd1"), Initial("eps"))
-    assert outcome.steps is not None and (outcome.steps == 20).all()
+    assert outcome.steps is not None and (outcome.steps == PATIENCE).all()
     assert outcome.notes[0] == [
-        "the target was not reached in 20 steps, too slowly to reach it in 100, and the image has the best noise found"
+        "the target was not reached in 30 steps, too slowly to reach it in 100, and the image has the best noise found"
     ]
 
 

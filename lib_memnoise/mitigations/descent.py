@@ -14,7 +14,7 @@ LOSS_SCALE = 1024.0
 """Keeps gradients inside a half-precision network above its smallest numbers. A power of two: dividing it out
 again is exact, so in float32 it changes nothing."""
 
-PATIENCE, FAR = 20, 2.0
+PATIENCE, FAR = 30, 2.0
 """When the methods give up (`descend`'s `patience`): on the miniature no descent is given up that reaches its target
 within its steps, by either rule (`benchmarks/hopeless.py`). Losses fall ever more slowly, so that the pace at hand is
 more than can be expected; but near their end they go up and down, and may fall by luck."""
