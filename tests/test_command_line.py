@@ -18,7 +18,7 @@ import pytest
 from lib_memnoise import __main__ as command_line
 from lib_memnoise import __version__
 from lib_memnoise.__main__ import main
-from lib_memnoise.lab import claims, comparison
+from lib_memnoise.lab import claims, comparison, study
 from lib_memnoise.lab.workers import Workers
 from lib_memnoise.miniature import WEIGHTS, OneSentence, checkpoint, model
 from lib_memnoise.settings import from_mapping, json_schema
@@ -155,7 +155,9 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def test_claims_that_fail_fail_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    # Two steps, and two of the gradient's, make pictures of nothing.
+    # Two steps, and two of the gradient's, make pictures of nothing. Two prompts of each kind are enough for that.
+    monkeypatch.setattr(claims, "ORDINARY", 2)
+    monkeypatch.setattr(claims, "subjects", lambda **kinds: study.subjects(**kinds)[:2])
     for name in ("PER_SAMPLE", "HALF"):
         monkeypatch.setattr(claims, name, dataclasses.replace(getattr(claims, name), max_steps=2))
     monkeypatch.setattr(claims, "SHORT", claims.Plan(images=1, taus=(900.0, 800.0), controls=1, steps=2))

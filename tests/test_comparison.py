@@ -355,7 +355,7 @@ def test_claims_hold_where_they_should() -> None:
 def test_copies_of_another_picture_decide_the_claims() -> None:
     """Per-sample's images that are others' pictures are no success."""
     others = dataclasses.replace(images(0.9, 0.94), similarity_own=images(0.5, 0.94).similarity)
-    judged = claims.judge(measured(per_sample=others))
+    judged = claims.judge(measured(per_sample=others), resamples=200)
     claim = next(claim for claim in judged if "a quarter of the first magnitude" in claim.claim)
     assert not claim.holds and claim.value < 0.1 and claim.own is not None and claim.own[0] > 0.3
 
@@ -379,7 +379,7 @@ def test_copies_of_another_picture_decide_the_claims() -> None:
     ],
 )
 def test_claims_fail_where_they_should(changed: dict[str, Any], claim: str) -> None:
-    failed = [judged.claim for judged in claims.judge(measured(**changed)) if not judged.holds]
+    failed = [judged.claim for judged in claims.judge(measured(**changed), resamples=200) if not judged.holds]
     assert any(claim in text for text in failed)
 
 

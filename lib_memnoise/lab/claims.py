@@ -374,13 +374,13 @@ def own_alone(found: Measured) -> Measured:
     )
 
 
-def judge(found: Measured) -> list[Claim]:
+def judge(found: Measured, resamples: int = RESAMPLES) -> list[Claim]:
     """The claims, each with the number that decides it."""
     own = own_alone(found)
 
     def number(test: _Test, found: Measured) -> tuple[float, float, float]:
         size = len(getattr(found, test.of).similarity)
-        low, high = interval(size, statistic=lambda drawn: test.statistic(found, drawn))
+        low, high = interval(size, statistic=lambda drawn: test.statistic(found, drawn), resamples=resamples)
         return test.statistic(found, np.arange(size)), low, high
 
     claims = []
