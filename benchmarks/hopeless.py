@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lib_memnoise.lab.bench import FirstDelta, make_network, noises
 from lib_memnoise.lab.study import seed_of, subjects
+from lib_memnoise.methods.descent import FAR, PATIENCE, is_far
+from lib_memnoise.methods.per_sample import adjust
 from lib_memnoise.miniature.model import load_miniature
-from lib_memnoise.mitigations.descent import FAR, PATIENCE, is_far
-from lib_memnoise.mitigations.per_sample import adjust
 from lib_memnoise.prediction import magnitude
 from lib_memnoise.settings import PRESET_VALUES
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from lib_memnoise.mitigations import METHODS
+from lib_memnoise.registry import METHODS
 from lib_memnoise.wording import echo, meant
 
 

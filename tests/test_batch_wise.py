@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_memnoise.mitigations.batch_wise import adjust
+from lib_memnoise.methods.batch_wise import adjust
 from lib_memnoise.prediction import magnitude
 from tests.networks import SmallDelta, noise
 from tests.reference import algorithm_1

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_memnoise.mitigations import METHODS
-from lib_memnoise.mitigations.outcome import Initial, Outcome, run
+from lib_memnoise.methods.pipeline import Initial, Outcome, run
+from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import SPECS, from_mapping, is_used, type_of
 from tests.networks import noise
 from tests.test_methods import Spoken
@@ -139,7 +139,7 @@ def test_what_is_not_finite_is_never_sampled(method: str, value: float) -> None:
 
 
 def test_vectors_that_are_not_finite_are_never_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lib_memnoise.mitigations import prompt_embedding
+    from lib_memnoise.methods import prompt_embedding
 
     real = prompt_embedding.adjust
 

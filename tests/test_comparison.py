@@ -17,8 +17,8 @@ from lib_memnoise.lab.page import page
 from lib_memnoise.lab.samplers import SAMPLERS
 from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar, clean_and_eps, ddim_timesteps
 from lib_memnoise.miniature.model import Miniature, load_miniature
-from lib_memnoise.mitigations import METHODS
 from lib_memnoise.prediction import magnitude
+from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import Settings, from_mapping
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib_memnoise.guidance import Start, guidance_off, make_start, transition_point
-from lib_memnoise.mitigations.outcome import Initial, run
+from lib_memnoise.methods.pipeline import Initial, run
 from lib_memnoise.settings import from_mapping
 from tests.networks import SmallDelta, noise
 

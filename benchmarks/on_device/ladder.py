@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lib_memnoise.leanness import Lean, run_from
 from lib_memnoise.memory import is_out_of_memory
-from lib_memnoise.mitigations.outcome import Initial, Outcome
+from lib_memnoise.methods.pipeline import Initial, Outcome
 from lib_memnoise.prediction import magnitude
 from on_device.methods import METHODS, PER_SAMPLE, first_delta, generate
 from on_device.run import Run

@@ -14,8 +14,8 @@ from lib_memnoise.checkpointing import checkpointed
 from lib_memnoise.guidance import Start, make_start
 from lib_memnoise.lab import bench
 from lib_memnoise.lab.sampling import ddim_timesteps, follow
-from lib_memnoise.mitigations import batch_wise
-from lib_memnoise.mitigations.outcome import Initial, Outcome, run
+from lib_memnoise.methods import batch_wise
+from lib_memnoise.methods.pipeline import Initial, Outcome, run
 from lib_memnoise.prediction import Delta, magnitude, per_image, working_precision
 from lib_memnoise.settings import Settings
 from on_device.shapes import Model

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib_memnoise.mitigations import batch_wise, per_sample
+from lib_memnoise.methods import batch_wise, per_sample
 from lib_memnoise.prediction import Delta, magnitude
 from on_device.methods import GAMMA, RHO, first_delta
 from on_device.run import Run

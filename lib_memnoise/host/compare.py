@@ -26,7 +26,7 @@ from lib_memnoise.host.request import BadRequest, Request
 from lib_memnoise.host.request import parse as request_of
 from lib_memnoise.host.scoring import Stopped, no_prompt_history
 from lib_memnoise.host.xyz import TITLE
-from lib_memnoise.mitigations import METHODS
+from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import SettingError, from_mapping
 from lib_memnoise.similarity import similarity
 from lib_memnoise.wording import echo

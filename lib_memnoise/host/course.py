@@ -46,9 +46,9 @@ from lib_memnoise.host.refusals import (
 from lib_memnoise.host.rows import Cond
 from lib_memnoise.host.waiting import count_time, shown
 from lib_memnoise.memory import is_out_of_memory
-from lib_memnoise.mitigations import METHODS
-from lib_memnoise.mitigations.descent import NoGradient
-from lib_memnoise.mitigations.outcome import Initial, Outcome, Scored, choose, only_measures, run, run_some
+from lib_memnoise.methods.descent import NoGradient
+from lib_memnoise.methods.pipeline import Initial, Outcome, Scored, choose, only_measures, run, run_some
+from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import ABSOLUTE, INFOTEXT, Settings, preset_for, size_factor, to_infotext
 
 LOOKS = "memnoise_looks"

@@ -12,8 +12,8 @@ from lib_memnoise.host.predictor import Predictor
 from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.leanness import Lean, free_memory, run_from
 from lib_memnoise.memory import is_out_of_memory
-from lib_memnoise.mitigations.descent import NoGradient, gradients
-from lib_memnoise.mitigations.outcome import Initial, Outcome
+from lib_memnoise.methods.descent import NoGradient, gradients
+from lib_memnoise.methods.pipeline import Initial, Outcome
 from lib_memnoise.prediction import magnitude, per_image
 from lib_memnoise.settings import Settings
 

@@ -15,7 +15,7 @@ from lib_memnoise.host import words
 from lib_memnoise.host.network import network
 from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.host.rows import Cond, select_rows
-from lib_memnoise.mitigations.outcome import Prompt
+from lib_memnoise.methods.pipeline import Prompt
 
 
 class Hearing:

@@ -19,7 +19,7 @@ from lib_memnoise.calibration import MOST, distinct
 from lib_memnoise.host import request, scoring
 from lib_memnoise.host.refusals import FAILED_CELLS
 from lib_memnoise.host.traces import STORE
-from lib_memnoise.mitigations import METHODS
+from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import INFOTEXT
 
 JS = "_js" if gr.__version__.startswith("3.") else "js"

@@ -13,7 +13,7 @@ from modules.ui_components import FormGroup, InputAccordion
 
 from lib_memnoise.host.arguments import CONTROLS, SLOTS
 from lib_memnoise.host.page import JS, Page
-from lib_memnoise.mitigations import METHODS
+from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import (
     DEFAULTS,
     SPECS,

@@ -17,11 +17,11 @@ from lib_memnoise.attention import PLAIN, Row, scaled
 from lib_memnoise.guidance import Start, make_start
 from lib_memnoise.lab.samplers import SAMPLERS
 from lib_memnoise.lab.sampling import alpha_bar
+from lib_memnoise.methods.pipeline import Initial, Outcome, Prompt, Scored, choose, run, run_some
 from lib_memnoise.miniature.architecture import SHAPE
 from lib_memnoise.miniature.text import END, UNKNOWN, token_ids, vocabulary, words
-from lib_memnoise.mitigations import METHODS
-from lib_memnoise.mitigations.outcome import Initial, Outcome, Prompt, Scored, choose, run, run_some
 from lib_memnoise.prediction import Delta, magnitude
+from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import Settings
 
 if TYPE_CHECKING:

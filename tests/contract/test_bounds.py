@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib_memnoise.mitigations import METHODS
+from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import SPECS
 from tests.contract.conftest import HOSTS, Studio, open_host
 from tests.contract.test_nothing_to_adjust import LATENTS, sampled

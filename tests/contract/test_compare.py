@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib_memnoise.mitigations import METHODS
+from lib_memnoise.registry import METHODS
 from tests.contract.conftest import ROUNDING, Studio, close
 from tests.contract.test_generation import same
 from tests.contract.test_scores import SMALL, post, score

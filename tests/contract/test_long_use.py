@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib_memnoise.mitigations import METHODS
+from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import SPECS
 from tests.contract.conftest import HOSTS, Studio, open_host
 from tests.contract.test_methods import settings_of

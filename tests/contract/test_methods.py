@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lib_memnoise.mitigations import METHODS
+from lib_memnoise.registry import METHODS
 from tests.contract.conftest import ROUNDING, Studio, close
 from tests.contract.test_generation import SAMPLERS, same
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib_memnoise.mitigations import METHODS
+from lib_memnoise.registry import METHODS
 from tests.contract.conftest import HOSTS, ROUNDING, Run, Studio, close, open_host
 from tests.contract.test_generation import same
 from tests.contract.test_img2img import payload as img2img

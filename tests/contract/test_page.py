@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib_memnoise.mitigations import METHODS
+from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import MITIGATED, PRESETS, SPECS, requirement
 from tests import browser
 from tests.browser import HostPage

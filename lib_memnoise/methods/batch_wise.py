@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib_memnoise.mitigations.outcome import Initial, Outcome
+from lib_memnoise.methods.pipeline import Initial, Outcome
 from lib_memnoise.prediction import Delta, magnitude, per_image, working_precision
 from lib_memnoise.progress import Progress, Tell, untold
 from lib_memnoise.settings import Settings

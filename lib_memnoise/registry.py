@@ -1,4 +1,4 @@
-"""The mitigation methods: one module each, and this table of them.
+"""The table of mitigation methods, each a module of `lib_memnoise.methods`.
 
 To add a method, write its module and add a row here; its own settings are rows of `lib_memnoise.settings`.
 The table imports no torch: a method's module is loaded when it first runs.
@@ -20,7 +20,7 @@ class Method:
     needs_gradient: bool = False
     """Back-propagates through the network."""
     module: str = ""
-    """Of this package, where it has not the method's name."""
+    """The module of `lib_memnoise.methods`, where it is not named like the method."""
 
 
 METHODS: dict[str, Method] = {

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lib_memnoise.mitigations.descent import PATIENCE, descend
-from lib_memnoise.mitigations.outcome import Initial, Outcome, aimed
+from lib_memnoise.methods.descent import PATIENCE, descend
+from lib_memnoise.methods.pipeline import Initial, Outcome, aimed
 from lib_memnoise.prediction import Delta, magnitude, per_image, select, working_precision
 from lib_memnoise.progress import part
 from lib_memnoise.settings import Settings

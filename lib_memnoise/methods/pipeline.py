@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lib_memnoise.attention import Attention
 from lib_memnoise.guidance import ALWAYS, start_timestep
-from lib_memnoise.mitigations import METHODS
 from lib_memnoise.prediction import NORM_BOUND, Delta, magnitude, norm_ratio, select, working_precision
 from lib_memnoise.progress import Tell, part, untold
+from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import Settings, size_factor
 
 
@@ -150,7 +150,7 @@ def run(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcom
         delta: Δ(x, T); see the methods' own `adjust` for what they ask of it.
         settings: resolved settings (`Settings.resolved`).
     """
-    module = importlib.import_module(f"lib_memnoise.mitigations.{METHODS[settings.method].module or settings.method}")
+    module = importlib.import_module(f"lib_memnoise.methods.{METHODS[settings.method].module or settings.method}")
     outcome: Outcome = module.mitigate(x, delta, settings, initial)
     if settings.start != "first":
         tau, share = start_timestep(settings, initial.first)

@@ -6,4 +6,4 @@ until then. All of it is in `lib_memnoise.guidance`.
 
 from __future__ import annotations
 
-from lib_memnoise.mitigations.none import mitigate as mitigate
+from lib_memnoise.methods.none import mitigate as mitigate
