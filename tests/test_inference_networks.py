@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lib_memnoise.checkpointing import checkpointed
-from lib_memnoise.normal_tensors import normal_tensors
-from lib_memnoise.out_of_place import OutOfPlace, out_of_place
+from lib_memnoise.torch_utils.checkpointing import checkpointed
+from lib_memnoise.torch_utils.inference_tensors import normal_tensors
+from lib_memnoise.torch_utils.out_of_place import OutOfPlace, out_of_place
 
 
 class Block(nn.Module):

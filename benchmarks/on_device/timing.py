@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_memnoise.memory import is_out_of_memory
+from lib_memnoise.torch_utils.oom import is_out_of_memory
 from on_device.methods import CALLS, METHODS, NONE, OFF, Made, Method, generate, guided_calls
 from on_device.run import Run
 from on_device.shapes import make_model, noise

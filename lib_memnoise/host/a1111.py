@@ -16,7 +16,7 @@ from lib_memnoise.host.gate import Gate, Step
 from lib_memnoise.host.handover import Handover
 from lib_memnoise.host.network import Composition, Conditions, Evaluated, joined, tokens
 from lib_memnoise.host.rows import Cond, select_rows
-from lib_memnoise.stand_in import original
+from lib_memnoise.torch_utils.patching import original
 
 
 def conditioning(text: Cond, image: Tensor, *, unconditional: bool) -> Conditions:

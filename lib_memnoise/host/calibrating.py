@@ -20,9 +20,9 @@ from lib_memnoise.host.network import network
 from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.host.request import BadRequest, Request
 from lib_memnoise.host.scoring import Probe, ScoredImage, Stopped
-from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.settings import Settings
 from lib_memnoise.store import serves
+from lib_memnoise.torch_utils.oom import is_out_of_memory
 from lib_memnoise.wording import echo, meant
 
 MOST_RECENT = 240

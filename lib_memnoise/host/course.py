@@ -45,11 +45,11 @@ from lib_memnoise.host.refusals import (
 )
 from lib_memnoise.host.rows import Cond
 from lib_memnoise.host.waiting import count_time, shown
-from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.methods.descent import NoGradient
 from lib_memnoise.methods.pipeline import Initial, Outcome, Scored, choose, only_measures, run, run_some
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import ABSOLUTE, INFOTEXT, Settings, preset_for, size_factor, to_infotext
+from lib_memnoise.torch_utils.oom import is_out_of_memory
 
 LOOKS = "memnoise_looks"
 """Attribute of a processing object: ‖Δ‖ of the first step is wanted of what it generates."""

@@ -26,10 +26,10 @@ from lib_memnoise.host.handover import Handover
 from lib_memnoise.host.network import Composition, Conditions, Evaluated
 from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.host.rows import Cond
-from lib_memnoise.normal_tensors import normal_tensors
-from lib_memnoise.out_of_place import out_of_place
 from lib_memnoise.prediction import per_image
-from lib_memnoise.stand_in import original
+from lib_memnoise.torch_utils.inference_tensors import normal_tensors
+from lib_memnoise.torch_utils.out_of_place import out_of_place
+from lib_memnoise.torch_utils.patching import original
 
 WRAPPER = "model_function_wrapper"
 """The U-Net's option: a function that stands in front of the network."""

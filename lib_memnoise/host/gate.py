@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_memnoise.attention import PLAIN, Row
 from lib_memnoise.generation import ImageReport, TracePoint
 from lib_memnoise.guidance import Start, transition_point
 from lib_memnoise.host.handover import Answers
@@ -22,6 +21,7 @@ from lib_memnoise.host.network import network
 from lib_memnoise.host.predictor import follows_negative
 from lib_memnoise.host.refusals import fails
 from lib_memnoise.host.rows import Cond, select_rows
+from lib_memnoise.torch_utils.cross_attention import PLAIN, Row
 
 GATE = "memnoise_gate"
 """Attribute of a denoiser: its gate."""

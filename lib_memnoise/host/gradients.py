@@ -11,11 +11,11 @@ from lib_memnoise.host.network import network
 from lib_memnoise.host.predictor import Predictor
 from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.leanness import Lean, free_memory, run_from
-from lib_memnoise.memory import is_out_of_memory
 from lib_memnoise.methods.descent import NoGradient, gradients
 from lib_memnoise.methods.pipeline import Initial, Outcome
 from lib_memnoise.prediction import magnitude, per_image
 from lib_memnoise.settings import Settings
+from lib_memnoise.torch_utils.oom import is_out_of_memory
 
 GRADIENT_TOLERANCE = 0.05
 """How far a difference quotient may be from the gradient's length; with the tests' checkpoints they are 0.1 % apart."""

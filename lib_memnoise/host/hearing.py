@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from modules import devices, prompt_parser, shared
 
-from lib_memnoise.attention import PLAIN, Row, cross_attentions
 from lib_memnoise.generation import ImageReport
 from lib_memnoise.host import words
 from lib_memnoise.host.network import network
 from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.host.rows import Cond, select_rows
 from lib_memnoise.methods.pipeline import Prompt
+from lib_memnoise.torch_utils.cross_attention import PLAIN, Row, cross_attentions
 
 
 class Hearing:

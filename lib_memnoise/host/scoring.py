@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lib_memnoise import calibration
 from lib_memnoise.calibration import Calibration
-from lib_memnoise.checkpointing import checkpointed
 from lib_memnoise.generation import ImageReport
 from lib_memnoise.host import calibrations, words
 from lib_memnoise.host.course import EmptyPrompt, left_as_it_was, raise_if_unsupported
@@ -30,6 +29,7 @@ from lib_memnoise.host.request import BadRequest, Request
 from lib_memnoise.leanness import Lean, free_memory
 from lib_memnoise.prediction import magnitude
 from lib_memnoise.settings import Settings
+from lib_memnoise.torch_utils.checkpointing import checkpointed
 
 BATCH = 4
 RATE = 0.01

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lib_memnoise.attention import PLAIN, Row, scaled
 from lib_memnoise.guidance import Start, make_start
 from lib_memnoise.lab.samplers import SAMPLERS
 from lib_memnoise.lab.sampling import alpha_bar
@@ -23,6 +22,7 @@ from lib_memnoise.miniature.text import END, UNKNOWN, token_ids, vocabulary, wor
 from lib_memnoise.prediction import Delta, magnitude
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import Settings
+from lib_memnoise.torch_utils.cross_attention import PLAIN, Row, scaled
 
 if TYPE_CHECKING:
     from lib_memnoise.miniature.model import Miniature

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib_memnoise.attention import Attention
 from lib_memnoise.guidance import ALWAYS, start_timestep
 from lib_memnoise.prediction import NORM_BOUND, Delta, magnitude, norm_ratio, select, working_precision
 from lib_memnoise.progress import Tell, part, untold
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import Settings, size_factor
+from lib_memnoise.torch_utils.cross_attention import Attention
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lib_memnoise.stand_in import standing_in
+from lib_memnoise.torch_utils.patching import standing_in
 
 
 def blocks(unet: nn.Module) -> list[nn.Module]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib_memnoise.stand_in import standing_in
+from lib_memnoise.torch_utils.patching import standing_in
 
 
 @dataclass(frozen=True)

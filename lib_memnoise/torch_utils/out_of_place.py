@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lib_memnoise.checkpointing import blocks
-from lib_memnoise.stand_in import standing_in
+from lib_memnoise.torch_utils.checkpointing import blocks
+from lib_memnoise.torch_utils.patching import standing_in
 
 OPERATORS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
     "add_": ("+=", operator.add),
