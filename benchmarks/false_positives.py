@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from scipy import stats
 from tqdm import tqdm
 
-from lib_memnoise.calibration import distinct
 from lib_memnoise.client import WebUI
+from lib_memnoise.core.calibration import distinct
 from lib_memnoise.lab.claims import ordinary_subjects
 from lib_memnoise.lab.study import seed_of, subjects
 

@@ -116,7 +116,7 @@ def demo(arguments: argparse.Namespace) -> None:
     else:
         print((markdown_table if arguments.markdown else table)(comparison.records))
     if path is not None:
-        from lib_memnoise.files import replacing
+        from lib_memnoise.core.files import replacing
 
         with replacing(path) as partial:
             partial.write_text(page(comparison), encoding="utf-8")
@@ -236,7 +236,7 @@ def score_miniature(arguments: argparse.Namespace) -> None:
 
 def captions_of(path: Path) -> list[str]:
     """Captions of a text file, one a line, as many as a WebUI takes."""
-    from lib_memnoise.calibration import MOST, distinct
+    from lib_memnoise.core.calibration import MOST, distinct
 
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()

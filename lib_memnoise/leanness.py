@@ -9,8 +9,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor, nn
 
+from lib_memnoise.core.delta import Delta
 from lib_memnoise.methods.pipeline import Initial, Outcome, run, run_each
-from lib_memnoise.prediction import Delta
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.checkpointing import checkpointed
 from lib_memnoise.torch_utils.oom import is_out_of_memory

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib_memnoise.core.delta import magnitude
 from lib_memnoise.methods.batch_wise import adjust
-from lib_memnoise.prediction import magnitude
 from tests.networks import SmallDelta, noise
 from tests.reference import algorithm_1
 

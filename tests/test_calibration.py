@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lib_memnoise.calibration import (
+from lib_memnoise.core.calibration import (
     LOWEST,
     TOLERANCE,
     BadCalibration,
@@ -24,7 +24,7 @@ from lib_memnoise.calibration import (
     make,
     ordinary_prompts,
 )
-from lib_memnoise.store import CalibrationStore
+from lib_memnoise.core.calibration_store import CalibrationStore
 
 KEY = Key("abc123", 512, 512, "eps", 981)
 positive = st.floats(0.01, 100)

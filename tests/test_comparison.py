@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_memnoise.guidance import Start
+from lib_memnoise.core.delta import magnitude
+from lib_memnoise.core.guidance import Start
 from lib_memnoise.lab import bench, claims, comparison, records, study
 from lib_memnoise.lab.page import page
 from lib_memnoise.lab.samplers import SAMPLERS
 from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar, clean_and_eps, ddim_timesteps
 from lib_memnoise.miniature.model import Miniature, load_miniature
-from lib_memnoise.prediction import magnitude
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import Settings, from_mapping
 

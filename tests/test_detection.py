@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from lib_memnoise.__main__ import main
-from lib_memnoise.calibration import unit
+from lib_memnoise.core.calibration import unit
+from lib_memnoise.core.calibration_store import serves
+from lib_memnoise.core.delta import magnitude
 from lib_memnoise.lab import detection, timesteps
 from lib_memnoise.lab.bench import FirstDelta, make_network, noises
 from lib_memnoise.lab.detection import (
@@ -26,8 +28,6 @@ from lib_memnoise.lab.detection import (
 from lib_memnoise.lab.sampling import alpha_bar
 from lib_memnoise.lab.study import seed_of, subjects
 from lib_memnoise.miniature.model import load_miniature
-from lib_memnoise.prediction import magnitude
-from lib_memnoise.store import serves
 
 pytestmark = pytest.mark.usefixtures("threads")
 

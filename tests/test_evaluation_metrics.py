@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lib_memnoise.core.similarity import thumbnails
 from lib_memnoise.lab.evaluation import metrics
 from lib_memnoise.lab.evaluation.metrics import Options
 from lib_memnoise.lab.evaluation.prompts import Prompt
-from lib_memnoise.similarity import thumbnails
 
 
 def library(name: str) -> Any:

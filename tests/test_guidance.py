@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib_memnoise.guidance import Start, guidance_off, make_start, transition_point
+from lib_memnoise.core.guidance import Start, guidance_off, make_start, transition_point
 from lib_memnoise.methods.pipeline import Initial, run
 from lib_memnoise.settings import from_mapping
 from tests.networks import SmallDelta, noise

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lib_memnoise.core.similarity import similarity
 from lib_memnoise.miniature import MANIFEST, WEIGHTS, OneSentence, checkpoint, clip, scenes, train
 from lib_memnoise.miniature.architecture import make_autoencoder, make_text_encoder, make_unet
 from lib_memnoise.miniature.checkpoint import Damaged, expand, install, manifest, pack, quantise, read, restore
@@ -35,7 +36,6 @@ from lib_memnoise.miniature.text import (
 )
 from lib_memnoise.miniature.validation import validate
 from lib_memnoise.miniature.yardsticks import COPIED
-from lib_memnoise.similarity import similarity
 
 # Captions
 

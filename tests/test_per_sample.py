@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib_memnoise.core.delta import magnitude
+from lib_memnoise.core.progress import Progress
 from lib_memnoise.methods.descent import PATIENCE
 from lib_memnoise.methods.per_sample import adjust
 from lib_memnoise.methods.pipeline import Initial, run, run_each
-from lib_memnoise.prediction import magnitude
-from lib_memnoise.progress import Progress
 from lib_memnoise.settings import from_mapping
 from tests.networks import SmallDelta, noise
 from tests.reference import figure_7

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib_memnoise import plots
-from lib_memnoise.generation import Generation, TracePoint
+from lib_memnoise.core import plots
+from lib_memnoise.core.report import Generation, TracePoint
 from lib_memnoise.host import traces
 from lib_memnoise.settings import Settings
 

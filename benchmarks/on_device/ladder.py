@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib_memnoise.core.delta import magnitude
 from lib_memnoise.leanness import Lean, run_from
 from lib_memnoise.methods.pipeline import Initial, Outcome
-from lib_memnoise.prediction import magnitude
 from lib_memnoise.torch_utils.oom import is_out_of_memory
 from on_device.methods import METHODS, PER_SAMPLE, first_delta, generate
 from on_device.run import Run

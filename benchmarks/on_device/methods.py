@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lib_memnoise.guidance import Start, make_start
+from lib_memnoise.core.delta import Delta, magnitude, per_image, working_precision
+from lib_memnoise.core.guidance import Start, make_start
 from lib_memnoise.lab import bench
 from lib_memnoise.lab.sampling import ddim_timesteps, follow
 from lib_memnoise.methods import batch_wise
 from lib_memnoise.methods.pipeline import Initial, Outcome, run
-from lib_memnoise.prediction import Delta, magnitude, per_image, working_precision
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.checkpointing import checkpointed
 from on_device.shapes import Model

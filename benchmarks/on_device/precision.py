@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lib_memnoise.core.delta import Delta, magnitude
 from lib_memnoise.methods import batch_wise, per_sample
-from lib_memnoise.prediction import Delta, magnitude
 from on_device.methods import GAMMA, RHO, first_delta
 from on_device.run import Run
 from on_device.shapes import REFERENCE, Model, make_model, noise

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lib_memnoise.core.delta import magnitude
 from lib_memnoise.miniature import networks
-from lib_memnoise.prediction import magnitude
 
 TOKENS = 77
 REFERENCE = 16384

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from modules import devices, errors, sd_samplers, shared
 
-from lib_memnoise import calibration
-from lib_memnoise.calibration import ordinary_prompts
-from lib_memnoise.generation import Generation
+from lib_memnoise.core import calibration
+from lib_memnoise.core.calibration import ordinary_prompts
+from lib_memnoise.core.calibration_store import serves
+from lib_memnoise.core.report import Generation
 from lib_memnoise.host import calibrations, recent, request, scoring
 from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.course import left_as_it_was, raise_if_unsupported, refuse
@@ -21,7 +22,6 @@ from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.host.request import BadRequest, Request
 from lib_memnoise.host.scoring import Probe, ScoredImage, Stopped
 from lib_memnoise.settings import Settings
-from lib_memnoise.store import serves
 from lib_memnoise.torch_utils.oom import is_out_of_memory
 from lib_memnoise.wording import echo, meant
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from modules import paths, shared
 
-from lib_memnoise.calibration import Calibration, Key, unit
+from lib_memnoise.core.calibration import Calibration, Key, unit
+from lib_memnoise.core.calibration_store import CalibrationStore
 from lib_memnoise.host.network import network
-from lib_memnoise.store import CalibrationStore
 
 
 def store() -> CalibrationStore:

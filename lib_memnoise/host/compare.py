@@ -15,7 +15,8 @@ from modules import errors, images, processing, scripts, shared
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lib_memnoise.generation import Generation, ImageReport
+from lib_memnoise.core.report import Generation, ImageReport
+from lib_memnoise.core.similarity import similarity
 from lib_memnoise.host import scoring, sheet
 from lib_memnoise.host.arguments import SLOTS
 from lib_memnoise.host.course import LOOKS
@@ -28,7 +29,6 @@ from lib_memnoise.host.scoring import Stopped, no_prompt_history
 from lib_memnoise.host.xyz import TITLE
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import SettingError, from_mapping
-from lib_memnoise.similarity import similarity
 from lib_memnoise.wording import echo
 
 MOST_IMAGES = 64

@@ -20,9 +20,9 @@ import torch
 from modules import devices, errors, shared
 from torch import Tensor
 
-from lib_memnoise.calibration import Calibration
-from lib_memnoise.generation import Generation, ImageReport, report_infotext
-from lib_memnoise.guidance import ALWAYS, Start, make_start
+from lib_memnoise.core.calibration import Calibration
+from lib_memnoise.core.guidance import ALWAYS, Start, make_start
+from lib_memnoise.core.report import Generation, ImageReport, report_infotext
 from lib_memnoise.host import calibrations, traces, words
 from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.blank import blank_images

@@ -8,8 +8,8 @@ from typing import Any
 from modules import rng, sd_samplers, shared
 from torch import Tensor
 
-from lib_memnoise.generation import ImageReport
-from lib_memnoise.guidance import Start
+from lib_memnoise.core.guidance import Start
+from lib_memnoise.core.report import ImageReport
 from lib_memnoise.host.first_step import is_second
 from lib_memnoise.host.handover import Answers
 from lib_memnoise.host.network import network

@@ -9,7 +9,7 @@ import torch
 from modules import shared
 from torch import Tensor
 
-from lib_memnoise.prediction import per_image
+from lib_memnoise.core.delta import per_image
 
 UNIPC_FIRST = 999.0
 """UniPC has a continuous schedule of its own, whose first timestep is the last of training."""

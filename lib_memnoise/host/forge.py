@@ -19,6 +19,7 @@ import torch
 from modules import shared
 from torch import Tensor, nn
 
+from lib_memnoise.core.delta import per_image
 from lib_memnoise.host import words
 from lib_memnoise.host.first_step import FirstStep, in_sigmas, in_timesteps
 from lib_memnoise.host.gate import Gate, Step
@@ -26,7 +27,6 @@ from lib_memnoise.host.handover import Handover
 from lib_memnoise.host.network import Composition, Conditions, Evaluated
 from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.host.rows import Cond
-from lib_memnoise.prediction import per_image
 from lib_memnoise.torch_utils.inference_tensors import normal_tensors
 from lib_memnoise.torch_utils.out_of_place import out_of_place
 from lib_memnoise.torch_utils.patching import original

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_memnoise.generation import ImageReport, TracePoint
-from lib_memnoise.guidance import Start, transition_point
+from lib_memnoise.core.guidance import Start, transition_point
+from lib_memnoise.core.report import ImageReport, TracePoint
 from lib_memnoise.host.handover import Answers
 from lib_memnoise.host.hearing import Hearing
 from lib_memnoise.host.network import network

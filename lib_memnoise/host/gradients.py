@@ -7,13 +7,13 @@ from modules import devices
 from torch import Tensor
 
 from lib_memnoise import leanness
+from lib_memnoise.core.delta import magnitude, per_image
 from lib_memnoise.host.network import network
 from lib_memnoise.host.predictor import Predictor
 from lib_memnoise.host.refusals import Unsupported
 from lib_memnoise.leanness import Lean, free_memory, run_from
 from lib_memnoise.methods.descent import NoGradient, gradients
 from lib_memnoise.methods.pipeline import Initial, Outcome
-from lib_memnoise.prediction import magnitude, per_image
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.oom import is_out_of_memory
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from modules import devices, prompt_parser, shared
 
-from lib_memnoise.generation import ImageReport
+from lib_memnoise.core.report import ImageReport
 from lib_memnoise.host import words
 from lib_memnoise.host.network import network
 from lib_memnoise.host.refusals import Unsupported

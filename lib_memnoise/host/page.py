@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 from modules import call_queue, images, processing, shared
 
-from lib_memnoise.calibration import MOST, distinct
+from lib_memnoise.core.calibration import MOST, distinct
 from lib_memnoise.host import request, scoring
 from lib_memnoise.host.refusals import FAILED_CELLS
 from lib_memnoise.host.traces import STORE
@@ -278,7 +278,7 @@ def plotted(name: Any) -> Any:
     trace = STORE.get(name) if isinstance(name, str) else None
     if trace is None:
         return gr.update(value=None, visible=False)
-    from lib_memnoise import plots
+    from lib_memnoise.core import plots
 
     drawn = plots.chart(trace)
     return gr.update(value=drawn, visible=drawn is not None)

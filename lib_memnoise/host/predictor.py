@@ -10,14 +10,14 @@ import torch
 from modules import devices, prompt_parser, shared
 from torch import Tensor
 
-from lib_memnoise.generation import ImageReport
+from lib_memnoise.core.delta import magnitude, per_image
+from lib_memnoise.core.report import ImageReport
 from lib_memnoise.host import words
 from lib_memnoise.host.first_step import FirstStep
 from lib_memnoise.host.handover import Answer, Answers
 from lib_memnoise.host.network import network, tokens
 from lib_memnoise.host.refusals import Unsupported, raise_if_interrupted
 from lib_memnoise.host.rows import Cond, select_rows
-from lib_memnoise.prediction import magnitude, per_image
 
 
 def empty_prompt(p: Any) -> Cond:
@@ -119,7 +119,7 @@ class Predictor:
 
     @property
     def vectors(self) -> list[Tensor]:
-        """See `lib_memnoise.prediction.PromptedDelta`."""
+        """See `lib_memnoise.core.delta.PromptedDelta`."""
         every = words.vectors(self.cond)
         return [every[[row for row, _ in part]] for part in self.parts]
 
@@ -129,7 +129,7 @@ class Predictor:
         return [place for place in range(tokens(self.cond)) if place % words.CHUNK == 0 or place >= self.length]
 
     def hearing(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
-        """See `lib_memnoise.prediction.PromptedDelta`."""
+        """See `lib_memnoise.core.delta.PromptedDelta`."""
         known: list[Tensor] = []
 
         def delta(vectors: list[Tensor], images: list[int]) -> Tensor:

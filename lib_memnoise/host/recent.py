@@ -11,7 +11,7 @@ from pathlib import Path
 from modules import extra_networks, images, infotext_utils, shared
 from PIL import Image
 
-from lib_memnoise.calibration import distinct
+from lib_memnoise.core.calibration import distinct
 from lib_memnoise.settings import INFOTEXT
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")

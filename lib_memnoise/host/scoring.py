@@ -16,9 +16,10 @@ import torch
 from modules import call_queue, extra_networks, processing, scripts, sd_samplers, shared
 from torch import Tensor
 
-from lib_memnoise import calibration
-from lib_memnoise.calibration import Calibration
-from lib_memnoise.generation import ImageReport
+from lib_memnoise.core import calibration
+from lib_memnoise.core.calibration import Calibration
+from lib_memnoise.core.delta import magnitude
+from lib_memnoise.core.report import ImageReport
 from lib_memnoise.host import calibrations, words
 from lib_memnoise.host.course import EmptyPrompt, left_as_it_was, raise_if_unsupported
 from lib_memnoise.host.gradients import first_attempt
@@ -27,7 +28,6 @@ from lib_memnoise.host.predictor import Predictor, make_predictor
 from lib_memnoise.host.refusals import Interrupted, Unsupported, is_stopping
 from lib_memnoise.host.request import BadRequest, Request
 from lib_memnoise.leanness import Lean, free_memory
-from lib_memnoise.prediction import magnitude
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.checkpointing import checkpointed
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from lib_memnoise.files import replacing
-from lib_memnoise.generation import Generation
+from lib_memnoise.core.files import replacing
+from lib_memnoise.core.report import Generation
 
 MOST = 128
 """Generations whose traces are kept; the oldest go first."""
@@ -70,7 +70,7 @@ def save(generation: Generation, pictures: Sequence[Image.Image], batch_size: in
     Raises:
         OSError: a file cannot be written.
     """
-    from lib_memnoise import plots
+    from lib_memnoise.core import plots
 
     traced = document(generation)
     of_place = {(image["batch"], image["place"]): image for image in traced["images"]}

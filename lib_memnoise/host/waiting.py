@@ -12,8 +12,8 @@ from typing import Any
 
 from modules import shared
 
-from lib_memnoise.generation import Generation
-from lib_memnoise.progress import Progress, Tell
+from lib_memnoise.core.progress import Progress, Tell
+from lib_memnoise.core.report import Generation
 
 CONSOLE_DELAY = 1.0
 """Seconds before there is a bar in the console: most adjustments take less."""

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lib_memnoise.guidance import Start, make_start
+from lib_memnoise.core.delta import Delta, magnitude
+from lib_memnoise.core.guidance import Start, make_start
 from lib_memnoise.lab.samplers import SAMPLERS
 from lib_memnoise.lab.sampling import alpha_bar
 from lib_memnoise.methods.pipeline import Initial, Outcome, Prompt, Scored, choose, run, run_some
 from lib_memnoise.miniature.architecture import SHAPE
 from lib_memnoise.miniature.text import END, UNKNOWN, token_ids, vocabulary, words
-from lib_memnoise.prediction import Delta, magnitude
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.cross_attention import PLAIN, Row, scaled
@@ -157,7 +157,7 @@ def _part(x: Tensor, images: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class FirstDelta:
-    """Δ(x, T) at a sampler's first timestep; a `lib_memnoise.prediction.SelectableDelta`."""
+    """Δ(x, T) at a sampler's first timestep; a `lib_memnoise.core.delta.SelectableDelta`."""
 
     network: Network
     sampler: str
@@ -185,7 +185,7 @@ class FirstDelta:
         return [0]
 
     def hearing(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
-        """See `lib_memnoise.prediction.PromptedDelta`."""
+        """See `lib_memnoise.core.delta.PromptedDelta`."""
         x, t = SAMPLERS[self.sampler].first(x, self.steps)
         known: list[Tensor] = []
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lib_memnoise.calibration import Calibration, Key
+from lib_memnoise.core.calibration import Calibration, Key
+from lib_memnoise.core.delta import magnitude
 from lib_memnoise.lab.bench import generate, noises
 from lib_memnoise.lab.claims import NONE, RESAMPLES, auc, interval, ordinary_subjects
 from lib_memnoise.lab.study import Subject, first_predictions, seed_of, subjects
 from lib_memnoise.miniature.model import Miniature
-from lib_memnoise.prediction import magnitude
 from lib_memnoise.settings import Settings, size_factor
 
 RATE = 0.01

@@ -1,7 +1,6 @@
 """How far a threshold of one first timestep holds at another: the miniature's scores of ordinary prompts along T.
 
-The prompts are none that anything else is measured on; `lib_memnoise.calibration.TOLERANCE` and `LOWEST` were chosen on
-them.
+Nothing else is measured on these prompts; `lib_memnoise.core.calibration.TOLERANCE` and `LOWEST` were chosen on them.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lib_memnoise.calibration import unit
+from lib_memnoise.core.calibration import unit
+from lib_memnoise.core.calibration_store import serves
+from lib_memnoise.core.delta import magnitude
 from lib_memnoise.lab.bench import make_network, noises
 from lib_memnoise.lab.claims import ordinary_subjects
 from lib_memnoise.lab.detection import RATE
 from lib_memnoise.lab.sampling import alpha_bar
 from lib_memnoise.lab.study import BATCH, seed_of
 from lib_memnoise.miniature.model import Miniature
-from lib_memnoise.prediction import magnitude
-from lib_memnoise.store import serves
 
 TIMESTEPS = (999, 981, 951, 926, 901, 876, 851, 801, 741, 681)
 """999: samplers in sigmas. 981, 951, 901, 876: DDIM with 50, 20, 10, 8 steps."""

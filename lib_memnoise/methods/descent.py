@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lib_memnoise.progress import Progress, Tell, untold
+from lib_memnoise.core.progress import Progress, Tell, untold
 
 LOSS_SCALE = 1024.0
 """Keeps gradients inside a half-precision network above its smallest numbers. A power of two: dividing it out

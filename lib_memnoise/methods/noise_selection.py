@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lib_memnoise.core.delta import Delta, magnitude, per_image, working_precision
+from lib_memnoise.core.progress import Progress
 from lib_memnoise.methods.pipeline import Initial, Outcome
-from lib_memnoise.prediction import Delta, magnitude, per_image, working_precision
-from lib_memnoise.progress import Progress
 from lib_memnoise.settings import Settings
 
 

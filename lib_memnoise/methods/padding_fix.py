@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lib_memnoise.core.delta import Delta, working_precision
 from lib_memnoise.methods.pipeline import Initial, Outcome, Prompt
-from lib_memnoise.prediction import Delta, working_precision
 from lib_memnoise.settings import Settings
 
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lib_memnoise.core.delta import Delta, magnitude, select, working_precision
+from lib_memnoise.core.progress import Tell, untold
 from lib_memnoise.methods.descent import PATIENCE, descend
 from lib_memnoise.methods.pipeline import Initial, Outcome, aimed, missed
-from lib_memnoise.prediction import Delta, magnitude, select, working_precision
-from lib_memnoise.progress import Tell, untold
 from lib_memnoise.settings import Settings
 
 
@@ -71,7 +71,7 @@ def adjust(
         x: initial latents x_T, `(B, C, H, W)`, unit variance.
         delta: `delta(x)` returns Δ(x, T) in the shape of x, differentiable in x. It is given only the images
             that are still running; one that must know which these are has a method `select(images)`
-            (`lib_memnoise.prediction.SelectableDelta`).
+            (`lib_memnoise.core.delta.SelectableDelta`).
         lr: AdamW's learning rate, in units of x.
         target: l_target, in the units of Δ: an image stops as soon as ‖Δ‖ < target. A function is given the
             first magnitudes `(B,)` and returns a target for each image.

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib_memnoise.guidance import ALWAYS, start_timestep
-from lib_memnoise.prediction import NORM_BOUND, Delta, magnitude, norm_ratio, select, working_precision
-from lib_memnoise.progress import Tell, part, untold
+from lib_memnoise.core.delta import NORM_BOUND, Delta, magnitude, norm_ratio, select, working_precision
+from lib_memnoise.core.guidance import ALWAYS, start_timestep
+from lib_memnoise.core.progress import Tell, part, untold
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import Settings, size_factor
 from lib_memnoise.torch_utils.cross_attention import Attention

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lib_memnoise.core.delta import Delta, PromptedDelta, magnitude, working_precision
+from lib_memnoise.core.progress import Tell, untold
 from lib_memnoise.methods.descent import PATIENCE, descend
 from lib_memnoise.methods.pipeline import Initial, Outcome, Prompt, Scored, aimed, missed
-from lib_memnoise.prediction import Delta, PromptedDelta, magnitude, working_precision
-from lib_memnoise.progress import Tell, untold
 from lib_memnoise.settings import Settings
 
 

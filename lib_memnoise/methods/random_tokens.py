@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lib_memnoise.core.delta import Delta, working_precision
 from lib_memnoise.methods.pipeline import Initial, Outcome, Prompt
-from lib_memnoise.prediction import Delta, working_precision
 from lib_memnoise.settings import Settings
 
 CONNECTED = re.compile(r"AND|BREAK|:\s*[+-]?[\d.]*\)*")

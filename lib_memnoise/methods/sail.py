@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lib_memnoise.core.delta import Delta, magnitude, per_image, select, working_precision
+from lib_memnoise.core.progress import part
 from lib_memnoise.methods.descent import PATIENCE, descend
 from lib_memnoise.methods.pipeline import Initial, Outcome, aimed
-from lib_memnoise.prediction import Delta, magnitude, per_image, select, working_precision
-from lib_memnoise.progress import part
 from lib_memnoise.settings import Settings
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from lib_memnoise.files import replacing
+from lib_memnoise.core.files import replacing
 from lib_memnoise.miniature import MANIFEST, WEIGHTS, OneSentence
 from lib_memnoise.miniature.architecture import AUTOENCODER, LINEAR_END, LINEAR_START, TEXT, UNET
 from lib_memnoise.miniature.clip import CLIP_TOKENS, clip_files, find_merges

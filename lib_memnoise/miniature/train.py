@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from lib_memnoise.files import replacing
+from lib_memnoise.core.files import replacing
 from lib_memnoise.lab.sampling import ALPHAS_CUMPROD
 from lib_memnoise.miniature import WEIGHTS, scenes
 from lib_memnoise.miniature.architecture import SNR_SCALE, make_autoencoder, make_text_encoder, make_unet

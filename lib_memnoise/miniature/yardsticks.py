@@ -1,4 +1,4 @@
-"""What counts as a copy, by `lib_memnoise.similarity`.
+"""What counts as a copy, by `lib_memnoise.core.similarity`.
 
 Alignment is `Miniature.alignment`. `validate` measures both on real pictures.
 """

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lib_memnoise.calibration import ORDINARY, ordinary_prompts, unit
+from lib_memnoise.core.calibration import ORDINARY, ordinary_prompts, unit
 from lib_memnoise.lab.sampling import alpha_bar
 from tests.contract.conftest import ROUNDING, Studio, close
 from tests.contract.test_generation import same

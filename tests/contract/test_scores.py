@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib_memnoise.calibration import ordinary_prompts
+from lib_memnoise.core.calibration import ordinary_prompts
 from lib_memnoise.settings import size_factor
 from tests.contract.conftest import Studio
 from tests.contract.test_automatic import scores

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lib_memnoise.calibration import ordinary_prompts
+from lib_memnoise.core.calibration import ordinary_prompts
 from tests.contract.conftest import Studio
 from tests.contract.test_generation import same
 from tests.contract.test_scores import SMALL, forget, post

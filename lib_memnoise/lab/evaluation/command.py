@@ -187,7 +187,7 @@ def compare(arguments: Namespace) -> None:
             f"{arguments.run_a} and {arguments.run_b} have no measured images of the same settings, prompts and seeds."
         )
     if arguments.csv is not None:
-        from lib_memnoise.files import replacing
+        from lib_memnoise.core.files import replacing
 
         with replacing(arguments.csv) as partial:
             data.to_csv(partial, index=False)

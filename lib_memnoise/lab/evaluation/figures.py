@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from lib_memnoise.files import replacing
+from lib_memnoise.core.files import replacing
 from lib_memnoise.lab.evaluation.metrics import label_of, metric_of, training_picture
 from lib_memnoise.lab.evaluation.plan import Curve
 from lib_memnoise.lab.evaluation.results import Results, baseline, strength_of, weight_decay

@@ -215,7 +215,7 @@ def _onnx(path: Path, device: str) -> Callable[[Tensor], Tensor]:
 
 def similarity(options: Options) -> Measure:
     """Correlation of blurred pictures: needs no weights, and sees no more than whole copies."""
-    from lib_memnoise.similarity import thumbnails
+    from lib_memnoise.core.similarity import thumbnails
 
     def features(pictures: Pictures) -> Tensor:
         # Each in its own shape.
@@ -250,7 +250,7 @@ class Pairwise:
 
 def diversity(_: Options) -> Measure:
     """One less the correlation of blurred pictures."""
-    from lib_memnoise.similarity import thumbnails
+    from lib_memnoise.core.similarity import thumbnails
 
     return Pairwise("correlation of blurred pictures", lambda a, b: 1 - (thumbnails(a) * thumbnails(b)).sum(1))
 

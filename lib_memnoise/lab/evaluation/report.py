@@ -14,7 +14,7 @@ import jinja2
 import pandas as pd
 
 from lib_memnoise import __version__
-from lib_memnoise.files import replacing
+from lib_memnoise.core.files import replacing
 from lib_memnoise.lab.evaluation.figures import Drawn, draw, label_of_point, save
 from lib_memnoise.lab.evaluation.metrics import METRICS, label_of, metric_of
 from lib_memnoise.lab.evaluation.results import CLAIMS, Claim, Estimate, Results, claims, compared, overall, results

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
-from lib_memnoise.guidance import transition_point
+from lib_memnoise.core.guidance import transition_point
 from lib_memnoise.lab.evaluation.metrics import METRICS, label_of
 from lib_memnoise.lab.evaluation.plan import Curve, Plan
 from lib_memnoise.lab.evaluation.run import NEAREST, Run, columns_of

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from PIL import Image, PngImagePlugin
 
 from lib_memnoise import __version__
-from lib_memnoise.files import replacing
+from lib_memnoise.core.files import replacing
 from lib_memnoise.lab.evaluation.plan import Plan, Unit, chunks, make
 from lib_memnoise.lab.evaluation.prompts import Prompt
 from lib_memnoise.miniature import OneSentence

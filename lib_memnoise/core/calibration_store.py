@@ -7,8 +7,8 @@ import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib_memnoise.calibration import LOWEST, TOLERANCE, BadCalibration, Calibration, Key, from_document
-from lib_memnoise.files import replacing
+from lib_memnoise.core.calibration import LOWEST, TOLERANCE, BadCalibration, Calibration, Key, from_document
+from lib_memnoise.core.files import replacing
 
 
 def serves(timestep: int, other: int) -> bool:
