@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib_memnoise import __version__
+from lib_memnoise.errors import echo, is_encodable
 from lib_memnoise.miniature import OneSentence
 from lib_memnoise.settings import json_schema
 from lib_memnoise.torch_utils.oom import is_out_of_memory
-from lib_memnoise.wording import echo, is_encodable
 
 PAGE = "memnoise-demo.html"
 

@@ -19,7 +19,7 @@ from lib_memnoise.lab.samplers import SAMPLERS
 from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar, clean_and_eps, ddim_timesteps
 from lib_memnoise.miniature.model import Miniature, load_miniature
 from lib_memnoise.registry import METHODS
-from lib_memnoise.settings import Settings, from_mapping
+from lib_memnoise.settings import Settings, from_mapping, used_settings
 
 
 @pytest.fixture(scope="module")
@@ -404,7 +404,7 @@ def test_every_method_is_compared_by_settings_that_the_api_takes() -> None:
     compared = [settings for settings in comparison.EVERY.values() if settings.enabled]
     assert {settings.method for settings in compared} == set(METHODS) - {"none"}
     for settings in compared:
-        given = {name: value for name, value in settings.of_method().items() if value is not None}
+        given = {name: value for name, value in used_settings(settings).items() if value is not None}
         assert from_mapping(given) == settings
 
 

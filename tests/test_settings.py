@@ -34,6 +34,7 @@ from lib_memnoise.settings import (
     size_factor,
     to_infotext,
     type_of,
+    used_settings,
 )
 
 
@@ -67,13 +68,13 @@ def test_infotext_restores_the_settings(given_: dict[str, Any], preset: str) -> 
     again = from_mapping(read)
 
     def used(s: Settings) -> dict[str, Any]:
-        values = s.resolved(preset).of_method()
+        values = used_settings(s.resolved(preset))
         return {name: value for name, value in values.items() if name != "preset"}
 
     assert used(again) == used(settings)
     # spelled-out values mean the same on any checkpoint
     if again.preset == "custom":
-        assert used(again) == {n: v for n, v in again.resolved("relative").of_method().items() if n != "preset"}
+        assert used(again) == {n: v for n, v in used_settings(again.resolved("relative")).items() if n != "preset"}
 
 
 @settings(deadline=None)
@@ -270,7 +271,7 @@ def test_infotext_restores_the_settings_on_a_calibrated_checkpoint(given_: dict[
     again = from_mapping(from_infotext(text)[0])
 
     def used(s: Settings) -> dict[str, Any]:
-        values = s.resolved(preset, CALIBRATED).of_method()
+        values = used_settings(s.resolved(preset, CALIBRATED))
         return {name: value for name, value in values.items() if name != "preset"}
 
     assert used(again) == used(settings)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lib_memnoise.axes import MOST_VALUES, axis_values
+from lib_memnoise.errors import MOST, echo, likeliest
 from lib_memnoise.settings import (
     SPECS,
     SettingError,
@@ -22,7 +22,7 @@ from lib_memnoise.settings import (
     json_schema,
     type_of,
 )
-from lib_memnoise.wording import MOST, echo, likeliest
+from lib_memnoise.settings.axes import MOST_VALUES, axis_values
 from tests.anything import HARMLESS, NUMBERS, TEXTS, VALUES, is_sentence
 
 NAMES = st.sampled_from(list(SPECS))

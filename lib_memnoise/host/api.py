@@ -10,12 +10,12 @@ from fastapi import Body
 from modules import call_queue, devices, shared
 
 from lib_memnoise import __version__
+from lib_memnoise.errors import echo
 from lib_memnoise.host import calibrations, payload, request, scoring
 from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.network import load_checkpoint, loads_late, network
 from lib_memnoise.host.traces import STORE
 from lib_memnoise.settings import json_schema
-from lib_memnoise.wording import echo
 
 
 def answered(what: Callable[[], Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import HTTPException
 from modules import errors
 
+from lib_memnoise.errors import echo, printable
 from lib_memnoise.host.refusals import loses_errors, named_on_the_page
 from lib_memnoise.settings import (
     DECIDING,
@@ -24,7 +25,6 @@ from lib_memnoise.settings import (
     is_open,
     is_used,
 )
-from lib_memnoise.wording import echo, printable
 
 PLOT = "memnoise_plot"
 """Attribute of a plot cell's `p`: what its axes set, by name."""

@@ -13,6 +13,7 @@ from lib_memnoise.core import calibration
 from lib_memnoise.core.calibration import ordinary_prompts
 from lib_memnoise.core.calibration_store import serves
 from lib_memnoise.core.report import Generation
+from lib_memnoise.errors import echo, meant
 from lib_memnoise.host import calibrations, recent, request, scoring
 from lib_memnoise.host.arguments import Refusal
 from lib_memnoise.host.course import left_as_it_was, raise_if_unsupported, refuse
@@ -23,7 +24,6 @@ from lib_memnoise.host.request import BadRequest, Request
 from lib_memnoise.host.scoring import Probe, ScoredImage, Stopped
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.oom import is_out_of_memory
-from lib_memnoise.wording import echo, meant
 
 MOST_RECENT = 240
 """Prompts of recent pictures that are scored."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lib_memnoise.core.report import Generation, ImageReport
 from lib_memnoise.core.similarity import similarity
+from lib_memnoise.errors import echo
 from lib_memnoise.host import scoring, sheet
 from lib_memnoise.host.arguments import SLOTS
 from lib_memnoise.host.course import LOOKS
@@ -29,7 +30,6 @@ from lib_memnoise.host.scoring import Stopped, no_prompt_history
 from lib_memnoise.host.xyz import TITLE
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import SettingError, from_mapping
-from lib_memnoise.wording import echo
 
 MOST_IMAGES = 64
 

@@ -11,10 +11,10 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lib_memnoise.errors import echo
 from lib_memnoise.host.arguments import SLOTS, Refusal, surplus
 from lib_memnoise.host.xyz import TITLE
 from lib_memnoise.settings import SPECS, SettingError
-from lib_memnoise.wording import echo
 
 PATHS = ("/sdapi/v1/txt2img", "/sdapi/v1/img2img")
 FORM = '{"args": [true, {"method": "batch_wise"}]}'

@@ -9,7 +9,7 @@ from typing import Any
 
 from modules import sd_samplers, shared
 
-from lib_memnoise.wording import echo, is_encodable, meant
+from lib_memnoise.errors import echo, is_encodable, meant
 
 MOST_IMAGES = 256
 MOST_CHARACTERS = 10_000

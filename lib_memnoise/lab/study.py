@@ -21,7 +21,7 @@ from lib_memnoise.lab.workers import Workers
 from lib_memnoise.miniature.model import Miniature, to_pictures
 from lib_memnoise.miniature.scenes import Prompt, draw, prompts
 from lib_memnoise.miniature.yardsticks import COPIED
-from lib_memnoise.settings import Settings
+from lib_memnoise.settings import Settings, used_settings
 
 BATCH = 32
 
@@ -280,7 +280,7 @@ def record(name: str, settings: Settings, parameterization: str, result: Images)
     `similarity` and `copied` are of the nearest of all memorised pictures; with `_own` of the prompt's own, None where
     no prompt has one.
     """
-    used = settings.resolved(PRESETS[parameterization]).of_method() if settings.enabled else {"enabled": False}
+    used = used_settings(settings.resolved(PRESETS[parameterization])) if settings.enabled else {"enabled": False}
     subjects_count, images = result.similarity.shape
     known = ~np.isnan(result.similarity_own)
     return {

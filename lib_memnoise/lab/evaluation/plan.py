@@ -14,7 +14,7 @@ import yaml
 
 from lib_memnoise.lab.evaluation.prompts import Prompt, read, training_pictures
 from lib_memnoise.miniature import OneSentence
-from lib_memnoise.settings import SettingError, from_mapping, from_text
+from lib_memnoise.settings import SettingError, from_mapping, from_text, used_settings
 
 PLANS = Path(__file__).parent / "plans"
 """The plans that come with the project, as plans are written."""
@@ -98,7 +98,7 @@ class Point:
         """Its name in the run's folder: the method, and what it is told from others by."""
         if self.settings is None:
             return "none"
-        text = json.dumps(from_mapping({"enabled": True, **self.settings}).of_method(), sort_keys=True)
+        text = json.dumps(used_settings(from_mapping({"enabled": True, **self.settings})), sort_keys=True)
         method = self.settings.get("method", "batch_wise")
         return f"{method}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

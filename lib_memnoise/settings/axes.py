@@ -7,8 +7,8 @@ import re
 from decimal import Decimal
 from typing import Any
 
-from lib_memnoise.settings import SettingError, check, from_text, requirement, type_of
-from lib_memnoise.wording import echo
+from lib_memnoise.errors import SettingError, echo
+from lib_memnoise.settings.rules import check, from_text, requirement, type_of
 
 MOST_VALUES = 1000
 """Of one range."""

@@ -1,4 +1,4 @@
-"""What a sentence about bad input is made of: values as they were given, in bounds, and what was likely meant."""
+"""Errors, and the words of a sentence about bad input: the value as given, shortened, and what was likely meant."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+
+class SettingError(ValueError):
+    """A setting that cannot be used. The message is one sentence: name, value and what would be right."""
+
 
 MOST = 80
 """Characters of a value that a sentence repeats."""

@@ -1,0 +1,102 @@
+"""The one schema of settings.
+
+It feeds the accordion, the API's validation, infotext, X/Y/Z axes, the JSON Schema and the documentation.
+"""
+
+from lib_memnoise.errors import SettingError
+from lib_memnoise.settings.fields import (
+    DECIDING,
+    DEFAULTS,
+    MITIGATED,
+    PADDINGS,
+    PRESETS,
+    RULES,
+    SPECS,
+    STARTS,
+    TRACES,
+    Settings,
+    Spec,
+    from_shown,
+    is_open,
+    shown,
+)
+from lib_memnoise.settings.infotext import (
+    INFOTEXT,
+    from_infotext,
+    infotext_key,
+    to_infotext,
+)
+from lib_memnoise.settings.presets import (
+    ABSOLUTE,
+    HALF,
+    METHOD_VALUES,
+    PRESET_VALUES,
+    PUBLISHED,
+    REFERENCE_SIZE,
+    SIGMA_MAX,
+    preset_for,
+    preset_values,
+    size_factor,
+    target_of_kind,
+)
+from lib_memnoise.settings.rules import (
+    check,
+    deciders,
+    effective,
+    from_mapping,
+    from_text,
+    is_used,
+    misplaced,
+    requirement,
+    type_of,
+    unknown,
+    used_settings,
+)
+from lib_memnoise.settings.schema import (
+    json_schema,
+)
+
+__all__ = [
+    "ABSOLUTE",
+    "DECIDING",
+    "DEFAULTS",
+    "HALF",
+    "INFOTEXT",
+    "METHOD_VALUES",
+    "MITIGATED",
+    "PADDINGS",
+    "PRESETS",
+    "PRESET_VALUES",
+    "PUBLISHED",
+    "REFERENCE_SIZE",
+    "RULES",
+    "SIGMA_MAX",
+    "SPECS",
+    "STARTS",
+    "TRACES",
+    "SettingError",
+    "Settings",
+    "Spec",
+    "check",
+    "deciders",
+    "effective",
+    "from_infotext",
+    "from_mapping",
+    "from_shown",
+    "from_text",
+    "infotext_key",
+    "is_open",
+    "is_used",
+    "json_schema",
+    "misplaced",
+    "preset_for",
+    "preset_values",
+    "requirement",
+    "shown",
+    "size_factor",
+    "target_of_kind",
+    "to_infotext",
+    "type_of",
+    "unknown",
+    "used_settings",
+]
