@@ -2,52 +2,53 @@
 
 from modules import script_callbacks, scripts
 
-from lib_memnoise.host import support
+from lib_memnoise.webui import support
 
 if support.lacks():
     Memnoise = type("Memnoise", (support.Refused,), {})
 else:
-    from lib_memnoise.host import api, arguments, course, page, refusals, ui, xyz
+    from lib_memnoise.webui import api, failures, hooks, request
+    from lib_memnoise.webui.ui import accordion, buttons, xyz_axes
 
     class Memnoise(scripts.Script):
         def title(self):
-            return xyz.TITLE
+            return xyz_axes.TITLE
 
         def show(self, is_img2img):
             if not hasattr(self, "page"):  # the host asks more than once, and of both tabs
-                self.page = page.Page(self, "img2img" if self.is_img2img else "txt2img")
+                self.page = buttons.Page(self, "img2img" if self.is_img2img else "txt2img")
             return scripts.AlwaysVisible
 
         def ui(self, is_img2img):
-            components, self.infotext_fields = ui.build(self.elem_id, self.page)
+            components, self.infotext_fields = accordion.build(self.elem_id, self.page)
             return components
 
         def setup(self, p, *args):
-            refusals.expect_cells(p)
-            refused = arguments.requested(p, args)
-            if not isinstance(refused, arguments.Refusal):
-                refused = xyz.refused_axis(p)
+            failures.expect_cells(p)
+            refused = request.requested(p, args)
+            if not isinstance(refused, request.Refusal):
+                refused = xyz_axes.refused_axis(p)
             if refused is not None:
-                arguments.refuse_before_plot(p, refused)
+                request.refuse_before_plot(p, refused)
 
         def before_process(self, p, *args):
-            course.begin(p, arguments.requested(p, args), is_img2img=self.is_img2img)
+            hooks.begin(p, request.requested(p, args), is_img2img=self.is_img2img)
 
         def process(self, p, *args):
-            course.describe(p)
+            hooks.describe(p)
 
         def process_before_every_sampling(self, p, *args, x, noise, c, uc, **kwargs):
-            course.adjust_noise(p, x=x, noise=noise, c=c, uc=uc)
+            hooks.adjust_noise(p, x=x, noise=noise, c=c, uc=uc)
 
         def postprocess_batch(self, p, *args, batch_number, **kwargs):
-            course.comment(p, batch_number)
+            hooks.comment(p, batch_number)
 
         def postprocess(self, p, processed, *args):
-            course.finish(p, processed)
+            hooks.finish(p, processed)
 
     # Each registration costs the host a walk up the whole stack (some 30 ms), so there are no more than needed.
-    ui.settings_page()
-    if not xyz.register():
-        script_callbacks.on_before_ui(xyz.register)
-    script_callbacks.on_cfg_denoiser(course.on_cfg_denoiser)
+    accordion.settings_page()
+    if not xyz_axes.register():
+        script_callbacks.on_before_ui(xyz_axes.register)
+    script_callbacks.on_cfg_denoiser(hooks.on_cfg_denoiser)
     script_callbacks.on_app_started(api.register)

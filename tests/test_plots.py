@@ -14,8 +14,8 @@ from PIL import Image
 
 from lib_memnoise.core import plots
 from lib_memnoise.core.report import Generation, TracePoint
-from lib_memnoise.host import traces
 from lib_memnoise.settings import Settings
+from lib_memnoise.webui.services import traces
 
 POINTS = [
     {"t": t, "magnitude": m, "guided": t < 900, "against": "empty"} for t, m in ((981, 3.0), (901, 1.5), (1, 1.0))

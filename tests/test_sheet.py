@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops, ImageFont
 
-from lib_memnoise.host.sheet import Sheet, Text, drawn, lay_out, line_height, wrapped
+from lib_memnoise.webui.services.sheet import Sheet, Text, drawn, lay_out, line_height, wrapped
 
 FAILURE = (
     "not mitigated: another extension's functions in the network give a wrong gradient: 0.123 where the difference "

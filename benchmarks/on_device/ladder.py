@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.core.delta import magnitude
-from lib_memnoise.leanness import Lean, run_from
 from lib_memnoise.methods.pipeline import Initial, Outcome
+from lib_memnoise.sampling.memory_mode import Lean, run_from
 from lib_memnoise.torch_utils.oom import is_out_of_memory
 from on_device.methods import METHODS, PER_SAMPLE, first_delta, generate
 from on_device.run import Run

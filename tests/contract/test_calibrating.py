@@ -102,7 +102,7 @@ def test_what_the_host_was_doing_goes_on(studio: Studio) -> None:
     from modules import processing, shared
     from modules.sd_hijack import model_hijack
 
-    from lib_memnoise.host.nested import STATE, host_set_aside
+    from lib_memnoise.webui.nested import STATE, host_set_aside
 
     p = processing.StableDiffusionProcessingTxt2Img(tiling=True)
     model_hijack.apply_circular(True)
@@ -161,7 +161,7 @@ class Trouble:
     def __call__(self, error: Exception, **state: Any) -> None:
         from modules import shared
 
-        from lib_memnoise.host import scoring
+        from lib_memnoise.webui.services import scoring
 
         def run_probe(*args: Any) -> Any:
             for name, value in state.items():
@@ -193,7 +193,7 @@ def test_a_failure_while_calibrating_fails_the_request(
 
 
 def test_a_skip_while_calibrating_skips_that_alone(studio: Studio, trouble: Trouble) -> None:
-    from lib_memnoise.host.scoring import Stopped
+    from lib_memnoise.webui.services.scoring import Stopped
 
     trouble(Stopped("memnoise: interrupted."), skipped=True)
     run = studio.run(FLAGGED)

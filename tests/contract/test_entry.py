@@ -317,12 +317,12 @@ BODIES = VALUES | st.fixed_dictionaries(
 @example({"prompt": "a", "cfg_scale": HUGE})
 @example({"prompt": "\ud800"})
 def test_any_request_is_read_or_refused(double: Any, body: Any) -> None:
-    from lib_memnoise.host import calibrating, compare, request
+    from lib_memnoise.webui.services import calibrating, comparison, json_request
 
-    for read in (request.parse, calibrating.parse, compare.parse):
+    for read in (json_request.parse, calibrating.parse, comparison.parse):
         try:
             read(body)
-        except request.BadRequest as error:
+        except json_request.BadRequest as error:
             assert is_sentence(str(error), 2000)
 
 
@@ -331,12 +331,12 @@ def test_any_request_is_read_or_refused(double: Any, body: Any) -> None:
 @example([True, {"gamma": HUGE}])
 @example([True, "\ud800"])
 def test_any_arguments_are_settings_or_refused(double: Any, args: list[Any]) -> None:
-    from lib_memnoise.host import arguments
     from lib_memnoise.settings import Settings
+    from lib_memnoise.webui import request
 
-    slots = [*args, *[None] * (len(arguments.SLOTS) - len(args))]
-    found = arguments.requested(SimpleNamespace(), slots)
-    if isinstance(found, arguments.Refusal):
+    slots = [*args, *[None] * (len(request.SLOTS) - len(args))]
+    found = request.requested(SimpleNamespace(), slots)
+    if isinstance(found, request.Refusal):
         assert found.status_code == 422 and is_sentence(str(found.detail)) and not str(found).startswith("memnoise")
     else:
         assert isinstance(found, Settings)
@@ -350,11 +350,11 @@ def test_any_arguments_are_settings_or_refused(double: Any, args: list[Any]) -> 
     )
 )
 def test_any_scripts_of_a_request_are_taken_or_refused(double: Any, scripts: Any) -> None:
-    from lib_memnoise.host import arguments, payload
+    from lib_memnoise.webui import payload, request
 
     try:
         payload.check(scripts)
-    except arguments.Refusal as refusal:
+    except request.Refusal as refusal:
         assert is_sentence(str(refusal.detail))
 
 
@@ -363,55 +363,57 @@ def test_any_scripts_of_a_request_are_taken_or_refused(double: Any, scripts: Any
 @example(HUGE, 1, 64)
 @example(7, math.nan, 64)
 def test_any_values_of_the_page_are_taken_or_refused(double: Any, seed: Any, count: Any, width: Any) -> None:
-    from lib_memnoise.host import page, request
+    from lib_memnoise.webui.services import json_request
+    from lib_memnoise.webui.ui import buttons
 
     try:
-        request.parse({**page.seeded({"seed": seed, "batch_size": count}), "prompt": "a", "width": width})
-    except request.BadRequest as error:
+        json_request.parse({**buttons.seeded({"seed": seed, "batch_size": count}), "prompt": "a", "width": width})
+    except json_request.BadRequest as error:
         assert is_sentence(str(error), 2000)
 
 
 def test_a_fault_in_reading_settings_is_no_unmitigated_image(double: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lib_memnoise.host import arguments
+    from lib_memnoise.webui import request
 
     def broken(given: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(arguments, "from_mapping", broken)
+    monkeypatch.setattr(request, "from_mapping", broken)
     answer = Studio(double).answer([True, {}])
     assert answer.status == 500 and answer.detail == "memnoise: the settings could not be read (ZeroDivisionError)."
 
 
 def test_an_upload_of_gradio_4_is_a_path(double: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lib_memnoise.host import page, picture, request
+    from lib_memnoise.webui.services import json_request, reference_picture
+    from lib_memnoise.webui.ui import buttons
 
     file = tmp_path / "upload.png"
     file.write_bytes(file_of(PATTERN, "PNG"))
-    found = picture.opened(page.as_sent(SimpleNamespace(path=str(file), url=None)))
+    found = reference_picture.opened(buttons.as_sent(SimpleNamespace(path=str(file), url=None)))
     assert found is not None and found.tobytes() == PATTERN.tobytes()
-    assert page.as_sent(None) is None and page.as_sent("data:") == "data:"
-    monkeypatch.setattr(picture, "MOST_BYTES", 1000)
+    assert buttons.as_sent(None) is None and buttons.as_sent("data:") == "data:"
+    monkeypatch.setattr(reference_picture, "MOST_BYTES", 1000)
     for path in (file, tmp_path / "none.png", tmp_path):
-        with pytest.raises(request.BadRequest, match="memnoise: reference "):
-            picture.opened(page.as_sent(SimpleNamespace(path=str(path))))
-    with pytest.raises(request.BadRequest, match="memnoise: reference "):
-        picture.opened(page.as_sent(SimpleNamespace(path=None)))
+        with pytest.raises(json_request.BadRequest, match="memnoise: reference "):
+            reference_picture.opened(buttons.as_sent(SimpleNamespace(path=str(path))))
+    with pytest.raises(json_request.BadRequest, match="memnoise: reference "):
+        reference_picture.opened(buttons.as_sent(SimpleNamespace(path=None)))
 
 
 def test_saved_styles_and_schedules_are_known(double: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from modules import sd_schedulers, shared
 
-    from lib_memnoise.host import request
+    from lib_memnoise.webui.services import json_request
 
     monkeypatch.setitem(shared.prompt_styles.styles, "Watercolour", None)
-    assert request.parse({"prompt": "a", "styles": "Watercolour"}).styles == ("Watercolour",)
-    with pytest.raises(request.BadRequest, match=r'"watercolor" is not valid \(did you mean "Watercolour"\?\)'):
-        request.parse({"prompt": "a", "styles": ["Watercolour", "watercolor"]})
+    assert json_request.parse({"prompt": "a", "styles": "Watercolour"}).styles == ("Watercolour",)
+    with pytest.raises(json_request.BadRequest, match=r'"watercolor" is not valid \(did you mean "Watercolour"\?\)'):
+        json_request.parse({"prompt": "a", "styles": ["Watercolour", "watercolor"]})
     for one in sd_schedulers.schedulers:
         for name in (one.name, one.label):
-            assert request.parse({"prompt": "a", "scheduler": name}).scheduler == name
+            assert json_request.parse({"prompt": "a", "scheduler": name}).scheduler == name
     # Forge Classic has neither list.
     monkeypatch.setitem(sys.modules, "modules.sd_schedulers", None)
     monkeypatch.delattr(shared, "prompt_styles")
-    found = request.parse({"prompt": "a", "scheduler": "anything", "styles": ["any"]})
+    found = json_request.parse({"prompt": "a", "scheduler": "anything", "styles": ["any"]})
     assert (found.scheduler, found.styles) == ("anything", ("any",))

@@ -77,15 +77,15 @@ def test_exactly_so_many_tokens_more(studio: Studio, model: str, count: int) -> 
     if studio.is_real:
         pytest.skip("its tokenizer cannot be asked from here")
     studio.host.load(model)
-    from lib_memnoise.host import words
+    from lib_memnoise.webui import tokens
 
     for prompt in ("a red fox, in the snow.", "(a fox : 1.2) AND [a : b : 3] snow : 0.5", "a, " * 40):
         settings = {"method": "random_tokens", "tokens": count}
         run = studio.run(settings, prompt=prompt, batch_size=20, steps=2)
-        before = words.token_count(prompt, 8)
+        before = tokens.token_count(prompt, 8)
         for image in range(20):
             text = run.read("Memnoise prompt", image) or ""
-            assert words.token_count(text, 2) == before + count, text
+            assert tokens.token_count(text, 2) == before + count, text
             weights, edited = ("1.2)", "0.5") if "AND" in prompt else (), "[a : b : 3]" in prompt
             assert all(f": {weight}" in text for weight in weights) and ("[a : b : 3]" in text) == edited
     studio.host.load("sd1")
@@ -95,9 +95,9 @@ def test_what_cannot_have_so_many_more_is_said(studio: Studio, monkeypatch: pyte
     if studio.is_real:
         pytest.skip("its tokenizer cannot be changed from here")
     plain = studio.run()
-    from lib_memnoise.host import words
+    from lib_memnoise.webui import tokens
 
-    monkeypatch.setattr(words, "token_count", lambda text, steps: 2 * len(text))
+    monkeypatch.setattr(tokens, "token_count", lambda text, steps: 2 * len(text))
     run = studio.run({"method": "random_tokens"})
     assert "the prompt has exactly 4 more" in (run.read("Memnoise failed") or "") and same(run, plain)
 
@@ -235,10 +235,10 @@ def test_what_a_method_needs_and_is_not_there(studio: Studio, monkeypatch: pytes
     if studio.is_real:
         pytest.skip("its parts cannot be taken away from here")
     plain = studio.run()
-    from lib_memnoise.host import hearing, words
+    from lib_memnoise.webui import conditioning, tokens
 
-    monkeypatch.setattr(hearing, "cross_attentions", lambda unet: [])
-    monkeypatch.setattr(words, "text_encoders", lambda: [])
+    monkeypatch.setattr(conditioning, "cross_attentions", lambda unet: [])
+    monkeypatch.setattr(tokens, "text_encoders", lambda: [])
     for method, reason in (
         ("cross_attention", "no cross-attention was found in the network"),
         ("padding_fix", "the text encoder pads with token 0 already"),

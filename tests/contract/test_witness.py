@@ -260,8 +260,8 @@ def test_what_was_checkpointed_is_handed_over_too(studio: Studio, monkeypatch: p
     if studio.is_real:
         pytest.skip("memory is not short there")
     plain = studio.run(PER_SAMPLE, batch_size=2)
-    from lib_memnoise.host import gradients
-    from lib_memnoise.leanness import Lean
+    from lib_memnoise.sampling.memory_mode import Lean
+    from lib_memnoise.webui import gradients
 
     monkeypatch.setattr(gradients, "first_attempt", lambda *args: Lean(lean))
     run = studio.run(PER_SAMPLE, batch_size=2)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lib_memnoise.core.guidance import Start, transition_point
 from lib_memnoise.core.report import ImageReport, TracePoint
-from lib_memnoise.host.handover import Answers
-from lib_memnoise.host.hearing import Hearing
-from lib_memnoise.host.network import network
-from lib_memnoise.host.predictor import follows_negative
-from lib_memnoise.host.refusals import fails
-from lib_memnoise.host.rows import Cond, select_rows
+from lib_memnoise.sampling.cond_rows import Cond, select_rows
+from lib_memnoise.sampling.delta_predictor import follows_negative
+from lib_memnoise.sampling.output_cache import Answers
 from lib_memnoise.torch_utils.cross_attention import PLAIN, Row
+from lib_memnoise.webui.backends.backend import network
+from lib_memnoise.webui.conditioning import Hearing
+from lib_memnoise.webui.failures import fails
 
 GATE = "memnoise_gate"
 """Attribute of a denoiser: its gate."""

@@ -20,16 +20,16 @@ from modules import shared
 from torch import Tensor, nn
 
 from lib_memnoise.core.delta import per_image
-from lib_memnoise.host import words
-from lib_memnoise.host.first_step import FirstStep, in_sigmas, in_timesteps
-from lib_memnoise.host.gate import Gate, Step
-from lib_memnoise.host.handover import Handover
-from lib_memnoise.host.network import Composition, Conditions, Evaluated
-from lib_memnoise.host.refusals import Unsupported
-from lib_memnoise.host.rows import Cond
+from lib_memnoise.sampling.cond_rows import Cond
+from lib_memnoise.sampling.guider import Gate, Step
+from lib_memnoise.sampling.output_cache import Handover
 from lib_memnoise.torch_utils.inference_tensors import normal_tensors
 from lib_memnoise.torch_utils.out_of_place import out_of_place
 from lib_memnoise.torch_utils.patching import original
+from lib_memnoise.webui import tokens
+from lib_memnoise.webui.backends.backend import Composition, Conditions, Evaluated
+from lib_memnoise.webui.failures import Unsupported
+from lib_memnoise.webui.sampler_start import FirstStep, in_sigmas, in_timesteps
 
 WRAPPER = "model_function_wrapper"
 """The U-Net's option: a function that stands in front of the network."""
@@ -106,7 +106,7 @@ def as_heard(parts: Composition) -> Composition:
 
 def which_part(crossattn: Tensor, cond: Cond, rows_of_part: Sequence[list[int]]) -> int | None:
     """Which part of the prompts a chunk of rows is. Of equal ones any will do."""
-    every = words.vectors(cond)
+    every = tokens.vectors(cond)
     length = every.shape[1]
     for k, rows in enumerate(rows_of_part):
         expected = every[rows].to(crossattn)
@@ -219,7 +219,7 @@ def recording(options: dict[str, Any]) -> tuple[dict[str, Any], list[Call]]:
 
 
 class Patched:
-    """See `host.network.Network`."""
+    """See `backends.backend.Network`."""
 
     @property
     def unet(self) -> nn.Module:
@@ -519,19 +519,19 @@ class PatchGate(Gate):
 
     def _conditioned(self, text: Cond, places: list[int], marks: list[int]) -> dict[str, Any]:
         c = some_rows(self._c, places, marks)
-        c["c_crossattn"] = words.vectors(text)
+        c["c_crossattn"] = tokens.vectors(text)
         if isinstance(text, Mapping) and "vector" in text:
             c["y"] = text["vector"]
         return c
 
     def join(self, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any] | None:
         texts = first["text"], second["text"]
-        lengths = [words.vectors(text).shape[1] for text in texts]
+        lengths = [tokens.vectors(text).shape[1] for text in texts]
         longest = math.lcm(*lengths)
         if longest > 4 * min(lengths):  # the host's own bound
             return None
         vectors = torch.cat(
-            [words.vectors(text).repeat(1, longest // words.vectors(text).shape[1], 1) for text in texts]
+            [tokens.vectors(text).repeat(1, longest // tokens.vectors(text).shape[1], 1) for text in texts]
         )
         text: Cond = vectors
         if isinstance(texts[0], Mapping):

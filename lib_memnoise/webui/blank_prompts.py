@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from lib_memnoise.host.handover import equal
-from lib_memnoise.host.predictor import follows_negative
-from lib_memnoise.host.rows import Cond
+from lib_memnoise.sampling.cond_rows import Cond
+from lib_memnoise.sampling.delta_predictor import follows_negative
+from lib_memnoise.sampling.output_cache import equal
 
 NO_WORDS = re.compile(r"(?:AND|[()\[\]\s])*")
 """A text with nothing in it but the WebUI's syntax."""

@@ -16,11 +16,11 @@ import gradio as gr
 from modules import call_queue, images, processing, shared
 
 from lib_memnoise.core.calibration import MOST, distinct
-from lib_memnoise.host import request, scoring
-from lib_memnoise.host.refusals import FAILED_CELLS
-from lib_memnoise.host.traces import STORE
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import INFOTEXT
+from lib_memnoise.webui.failures import FAILED_CELLS
+from lib_memnoise.webui.services import json_request, scoring
+from lib_memnoise.webui.services.traces import STORE
 
 JS = "_js" if gr.__version__.startswith("3.") else "js"
 INPUTS = {
@@ -168,15 +168,15 @@ def comparing(names: Sequence[str]) -> Callable[..., list[Any]]:
     """The function of "Compare methods"."""
 
     def answer(task: Any, methods: Any, reference: Any, *values: Any) -> list[Any]:
-        from lib_memnoise.host import compare
+        from lib_memnoise.webui.services import comparison
 
         given = dict(zip(names, values))
         try:
             by_label = {method.label: name for name, method in METHODS.items()}
             chosen_labels = methods if isinstance(methods, list) else []
             names_of = [by_label.get(label, label) if isinstance(label, str) else label for label in chosen_labels]
-            wanted = compare.parse({**seeded(given), "methods": names_of, "reference": reference})
-            result = compare.compare(*wanted)
+            wanted = comparison.parse({**seeded(given), "methods": names_of, "reference": reference})
+            result = comparison.compare(*wanted)
         except scoring.REFUSALS as error:
             return [gr.update(visible=False), refused(error)]
         if shared.opts.grid_save:
@@ -197,7 +197,9 @@ def comparing(names: Sequence[str]) -> Callable[..., list[Any]]:
 def seeded(given: dict[str, Any]) -> dict[str, Any]:
     """The seeds of the batch that Generate would make, in place of the first and the batch's size."""
     count, seed = given.pop("batch_size", 1), given.pop("seed", -1)
-    request.need(request.whole(count, 1, request.MOST_IMAGES), "batch_size", count, "a whole number from 1")
+    json_request.need(
+        json_request.whole(count, 1, json_request.MOST_IMAGES), "batch_size", count, "a whole number from 1"
+    )
     return {**given, "seeds": [first_seed(seed) + k for k in range(int(count))]}
 
 
@@ -206,13 +208,13 @@ def first_seed(value: Any) -> int:
     try:
         return int(processing.get_fixed_seed(value))
     except (TypeError, ValueError, OverflowError):
-        request.need(False, "seed", value, "a whole number")
+        json_request.need(False, "seed", value, "a whole number")
         raise
 
 
 def checked(given: dict[str, Any]) -> Answer:
     """Scores of the batch that Generate would make, as a table, and the words that they come from."""
-    answer = scoring.answer(request.parse({**seeded(given), "words": True}))
+    answer = scoring.answer(json_request.parse({**seeded(given), "words": True}))
     found = answer["images"]
     significance = [sum(image["words"][k][1] for image in found) / len(found) for k in range(len(found[0]["words"]))]
     words = [(f"{word} ", size) for (word, _), size in zip(found[0]["words"], significance)]
@@ -245,7 +247,7 @@ def against(answer: dict[str, Any]) -> str:
 
 def calibrated(given: dict[str, Any]) -> Answer:
     """Calibrate the checkpoint at the tab's size, sampler and steps, with the prompts that were chosen."""
-    from lib_memnoise.host import calibrating
+    from lib_memnoise.webui.services import calibrating
 
     wanted = ("width", "height", "sampler_name", "scheduler", "steps", "cfg_scale")
     body = {name: given[name] for name in wanted if name in given}

@@ -11,8 +11,6 @@ import gradio as gr
 from modules import shared
 from modules.ui_components import FormGroup, InputAccordion
 
-from lib_memnoise.host.arguments import CONTROLS, SLOTS
-from lib_memnoise.host.page import JS, Page
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import (
     DEFAULTS,
@@ -25,6 +23,8 @@ from lib_memnoise.settings import (
     shown,
     type_of,
 )
+from lib_memnoise.webui.request import CONTROLS, SLOTS
+from lib_memnoise.webui.ui.buttons import JS, Page
 
 CUSTOM = Settings(preset="custom").resolved("sd1")
 

@@ -20,16 +20,17 @@ from lib_memnoise.core import calibration
 from lib_memnoise.core.calibration import Calibration
 from lib_memnoise.core.delta import magnitude
 from lib_memnoise.core.report import ImageReport
-from lib_memnoise.host import calibrations, words
-from lib_memnoise.host.course import EmptyPrompt, left_as_it_was, raise_if_unsupported
-from lib_memnoise.host.gradients import first_attempt
-from lib_memnoise.host.network import load_checkpoint, network
-from lib_memnoise.host.predictor import Predictor, make_predictor
-from lib_memnoise.host.refusals import Interrupted, Unsupported, is_stopping
-from lib_memnoise.host.request import BadRequest, Request
-from lib_memnoise.leanness import Lean, free_memory
+from lib_memnoise.sampling.delta_predictor import Predictor, make_predictor
+from lib_memnoise.sampling.memory_mode import Lean, free_memory
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.checkpointing import checkpointed
+from lib_memnoise.webui import tokens
+from lib_memnoise.webui.backends.backend import load_checkpoint, network
+from lib_memnoise.webui.failures import Interrupted, Unsupported, is_stopping
+from lib_memnoise.webui.gradients import first_attempt
+from lib_memnoise.webui.hooks import EmptyPrompt, left_as_it_was, raise_if_unsupported
+from lib_memnoise.webui.services import calibrations
+from lib_memnoise.webui.services.json_request import BadRequest, Request
 
 BATCH = 4
 RATE = 0.01
@@ -105,21 +106,23 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
     def heard(self, x: Tensor, predictor: Predictor) -> list[list[tuple[str, float]]]:
         """‖∂‖Δ‖/∂e_i‖ of every token i, merged to words (Wen et al. 2024)."""
         cond, owners = predictor.cond, [i for i, part in enumerate(predictor.parts) for _ in part]
-        vectors = words.vectors(cond).detach().clone().requires_grad_()
+        vectors = tokens.vectors(cond).detach().clone().requires_grad_()
         with network().gradients(), torch.enable_grad():
             lean = first_attempt(x, predictor.rows, free_memory(x.device))
             block = checkpointed(network().unet) if lean > Lean.PLAIN else contextlib.nullcontext()
             with block:
-                delta = replace(predictor, cond=words.with_vectors(cond, vectors))(x)
+                delta = replace(predictor, cond=tokens.with_vectors(cond, vectors))(x)
                 (gradient,) = torch.autograd.grad(magnitude(delta).sum(), vectors)
         size = torch.linalg.vector_norm(gradient.float(), dim=2)
-        texts = [text for i in range(len(x)) for text in words.step_texts(words.schedules(self.prompts[i], self.steps))]
-        return words.merged(texts, size, owners, len(x))
+        texts = [
+            text for i in range(len(x)) for text in tokens.step_texts(tokens.schedules(self.prompts[i], self.steps))
+        ]
+        return tokens.merged(texts, size, owners, len(x))
 
 
 def form(parts: Sequence[Any]) -> tuple[Any, ...]:
     """Of an encoded prompt: the weights of its parts, and the tokens of the longest at the first step."""
-    return *(part.weight for part in parts), max(words.vectors(part.schedules[0].cond).shape[-2] for part in parts)
+    return *(part.weight for part in parts), max(tokens.vectors(part.schedules[0].cond).shape[-2] for part in parts)
 
 
 def raise_if_nothing_to_score() -> None:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lib_memnoise.core.guidance import Start
 from lib_memnoise.core.report import ImageReport
-from lib_memnoise.host.first_step import is_second
-from lib_memnoise.host.handover import Answers
-from lib_memnoise.host.network import network
-from lib_memnoise.host.predictor import Predictor
-from lib_memnoise.host.refusals import raise_if_interrupted
+from lib_memnoise.sampling.delta_predictor import Predictor
+from lib_memnoise.sampling.output_cache import Answers
+from lib_memnoise.webui.backends.backend import network
+from lib_memnoise.webui.failures import raise_if_interrupted
+from lib_memnoise.webui.sampler_start import is_second
 
 
 def trace_as_drawn(

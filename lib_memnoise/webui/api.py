@@ -11,11 +11,12 @@ from modules import call_queue, devices, shared
 
 from lib_memnoise import __version__
 from lib_memnoise.errors import echo
-from lib_memnoise.host import calibrations, payload, request, scoring
-from lib_memnoise.host.arguments import Refusal
-from lib_memnoise.host.network import load_checkpoint, loads_late, network
-from lib_memnoise.host.traces import STORE
 from lib_memnoise.settings import json_schema
+from lib_memnoise.webui import payload
+from lib_memnoise.webui.backends.backend import load_checkpoint, loads_late, network
+from lib_memnoise.webui.request import Refusal
+from lib_memnoise.webui.services import calibrations, json_request, scoring
+from lib_memnoise.webui.services.traces import STORE
 
 
 def answered(what: Callable[[], Any]) -> Any:
@@ -34,7 +35,7 @@ def score(body: Any = Body(...)) -> Any:  # noqa: B008
     """`POST /memnoise/v1/score`: scores of images that are not generated."""
 
     def run() -> Any:
-        wanted = request.parse(body)
+        wanted = json_request.parse(body)
         with scoring.queued("memnoise-score"):
             return scoring.answer(wanted)
 
@@ -43,7 +44,7 @@ def score(body: Any = Body(...)) -> Any:  # noqa: B008
 
 def calibrate(body: Any = Body(default={})) -> Any:  # noqa: B008
     """`POST /memnoise/v1/calibrate`: score ordinary prompts on the loaded checkpoint, and keep that."""
-    from lib_memnoise.host import calibrating
+    from lib_memnoise.webui.services import calibrating
 
     def run() -> Any:
         wanted = calibrating.parse(body)
@@ -55,12 +56,12 @@ def calibrate(body: Any = Body(default={})) -> Any:  # noqa: B008
 
 def compare(body: Any = Body(...)) -> Any:  # noqa: B008
     """`POST /memnoise/v1/compare`: the same seeds with several methods, as a labelled grid and numbers."""
-    from lib_memnoise.host import compare
+    from lib_memnoise.webui.services import comparison
 
     def run() -> Any:
-        wanted = compare.parse(body)
+        wanted = comparison.parse(body)
         with scoring.queued("memnoise-compare"):
-            return compare.answer(*wanted)
+            return comparison.answer(*wanted)
 
     return answered(run)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from lib_memnoise.host.request import BadRequest
+from lib_memnoise.webui.services.json_request import BadRequest
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """By name: Pillow knows others, and hands some of them to programs beside it (EPS to Ghostscript)."""

@@ -8,7 +8,7 @@ from modules import paths, shared
 
 from lib_memnoise.core.calibration import Calibration, Key, unit
 from lib_memnoise.core.calibration_store import CalibrationStore
-from lib_memnoise.host.network import network
+from lib_memnoise.webui.backends.backend import network
 
 
 def store() -> CalibrationStore:

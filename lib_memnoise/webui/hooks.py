@@ -23,18 +23,20 @@ from torch import Tensor
 from lib_memnoise.core.calibration import Calibration
 from lib_memnoise.core.guidance import ALWAYS, Start, make_start
 from lib_memnoise.core.report import Generation, ImageReport, report_infotext
-from lib_memnoise.host import calibrations, traces, words
-from lib_memnoise.host.arguments import Refusal
-from lib_memnoise.host.blank import blank_images
-from lib_memnoise.host.calibrations import parameterization
-from lib_memnoise.host.drawn import trace_as_drawn
-from lib_memnoise.host.first_step import is_only_step
-from lib_memnoise.host.gate import GATE, Gate, remove
-from lib_memnoise.host.gradients import run_leanly
-from lib_memnoise.host.hearing import Hearing
-from lib_memnoise.host.network import network
-from lib_memnoise.host.predictor import Predictor, empty_prompt, make_predictor
-from lib_memnoise.host.refusals import (
+from lib_memnoise.methods.descent import NoGradient
+from lib_memnoise.methods.pipeline import Initial, Outcome, Scored, choose, only_measures, run, run_some
+from lib_memnoise.registry import METHODS
+from lib_memnoise.sampling.cond_rows import Cond
+from lib_memnoise.sampling.delta_predictor import Predictor, empty_prompt, make_predictor
+from lib_memnoise.sampling.guider import GATE, Gate, remove
+from lib_memnoise.settings import ABSOLUTE, INFOTEXT, Settings, preset_for, size_factor, to_infotext
+from lib_memnoise.torch_utils.oom import is_out_of_memory
+from lib_memnoise.webui import tokens
+from lib_memnoise.webui.backends.backend import network
+from lib_memnoise.webui.baseline_trace import trace_as_drawn
+from lib_memnoise.webui.blank_prompts import blank_images
+from lib_memnoise.webui.conditioning import Hearing
+from lib_memnoise.webui.failures import (
     Failed,
     Interrupted,
     NotCalibrated,
@@ -43,13 +45,12 @@ from lib_memnoise.host.refusals import (
     keep_failed_cells,
     loses_errors,
 )
-from lib_memnoise.host.rows import Cond
-from lib_memnoise.host.waiting import count_time, shown
-from lib_memnoise.methods.descent import NoGradient
-from lib_memnoise.methods.pipeline import Initial, Outcome, Scored, choose, only_measures, run, run_some
-from lib_memnoise.registry import METHODS
-from lib_memnoise.settings import ABSOLUTE, INFOTEXT, Settings, preset_for, size_factor, to_infotext
-from lib_memnoise.torch_utils.oom import is_out_of_memory
+from lib_memnoise.webui.gradients import run_leanly
+from lib_memnoise.webui.progress import count_time, shown
+from lib_memnoise.webui.request import Refusal
+from lib_memnoise.webui.sampler_start import is_only_step
+from lib_memnoise.webui.services import calibrations, traces
+from lib_memnoise.webui.services.calibrations import parameterization
 
 LOOKS = "memnoise_looks"
 """Attribute of a processing object: ‖Δ‖ of the first step is wanted of what it generates."""
@@ -117,7 +118,7 @@ def describe(p: Any) -> None:
         key = f"{INFOTEXT} {key}"
         p.extra_generation_params[key] = _infotext_value(generation, key)
     if generation.settings.is_by_score or generation.settings.preset == "calibrated":
-        from lib_memnoise.host import calibrating
+        from lib_memnoise.webui.services import calibrating
 
         calibrating.prepare(p, generation)
 
@@ -366,8 +367,8 @@ def initial_of(p: Any, predictor: Predictor) -> Initial:
         alpha_bar=network().alpha_bar(predictor.step.t),
         seeds=list(p.seeds),
         texts=list(p.hr_prompts if getattr(p, "is_hr_pass", False) else p.prompts),
-        vocabulary=words.Vocabulary,
-        tokens=lambda text: words.token_count(text, p.steps),
+        vocabulary=tokens.Vocabulary,
+        tokens=lambda text: tokens.token_count(text, p.steps),
     )
 
 

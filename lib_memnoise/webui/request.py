@@ -12,7 +12,6 @@ from fastapi import HTTPException
 from modules import errors
 
 from lib_memnoise.errors import echo, printable
-from lib_memnoise.host.refusals import loses_errors, named_on_the_page
 from lib_memnoise.settings import (
     DECIDING,
     SPECS,
@@ -25,6 +24,7 @@ from lib_memnoise.settings import (
     is_open,
     is_used,
 )
+from lib_memnoise.webui.failures import loses_errors, named_on_the_page
 
 PLOT = "memnoise_plot"
 """Attribute of a plot cell's `p`: what its axes set, by name."""

@@ -10,12 +10,12 @@ import torch
 from modules import devices, prompt_parser, shared
 
 from lib_memnoise.core.report import ImageReport
-from lib_memnoise.host import words
-from lib_memnoise.host.network import network
-from lib_memnoise.host.refusals import Unsupported
-from lib_memnoise.host.rows import Cond, select_rows
 from lib_memnoise.methods.pipeline import Prompt
+from lib_memnoise.sampling.cond_rows import Cond, select_rows
 from lib_memnoise.torch_utils.cross_attention import PLAIN, Row, cross_attentions
+from lib_memnoise.webui import tokens
+from lib_memnoise.webui.backends.backend import network
+from lib_memnoise.webui.failures import Unsupported
 
 
 class Hearing:
@@ -31,7 +31,7 @@ class Hearing:
         self.prompts = dict(prompts)
         self.reports = reports
         self.first_owners = [len(parts) for parts in c.batch]
-        self.first = words.vectors(prompt_parser.reconstruct_multicond_batch(c, 0)[1])
+        self.first = tokens.vectors(prompt_parser.reconstruct_multicond_batch(c, 0)[1])
         self.checkpoint = self._checkpoint()
         if any(prompt.attention for prompt in self.prompts.values()) and not cross_attentions(network().unet):
             raise Unsupported("no cross-attention was found in the network")
@@ -39,11 +39,11 @@ class Hearing:
             raise Unsupported("the text encoder pads with token 0 already, and there is no padding to fix")
         for prompt in self.prompts.values():
             if prompt.zero_end or prompt.attention:
-                words.text_encoder()
+                tokens.text_encoder()
         self._encoded: Any = None
         self._encoded_for: Any = None
-        self._places: dict[str, words.Places] = {}
-        self._schedules: dict[str, words.Schedules] = {}
+        self._places: dict[str, tokens.Places] = {}
+        self._schedules: dict[str, tokens.Schedules] = {}
         self._encode()
 
     @staticmethod
@@ -104,12 +104,12 @@ class Hearing:
         """The prompt's parts (AND) as they are at a step."""
         text = self._texts()[image]
         if text not in self._schedules:
-            self._schedules[text] = words.schedules(text, *self._steps())
-        return words.step_texts(self._schedules[text], step)
+            self._schedules[text] = tokens.schedules(text, *self._steps())
+        return tokens.step_texts(self._schedules[text], step)
 
-    def places(self, text: str) -> words.Places:
+    def places(self, text: str) -> tokens.Places:
         if text not in self._places:
-            self._places[text] = words.places(text)
+            self._places[text] = tokens.places(text)
         return self._places[text]
 
     def text_cond(self, denoiser: Any, cond: Cond) -> Cond:
@@ -120,7 +120,7 @@ class Hearing:
         """
         step, batch = denoiser.step, denoiser.sampler.sampler_extra_args["cond"].batch
         owners = [image for image, parts in enumerate(batch) for _ in parts]
-        if words.vectors(cond).shape[0] != len(owners):
+        if tokens.vectors(cond).shape[0] != len(owners):
             raise RuntimeError("another extension changed the batch")
         encoded = self._now()
         if encoded is not None:
@@ -134,7 +134,7 @@ class Hearing:
 
     def _mixed(self, before: Cond, after: Cond, owners: list[int], edited: list[int]) -> Cond:
         """What other extensions made of other images' rows stays."""
-        if words.vectors(before).shape != words.vectors(after).shape:
+        if tokens.vectors(before).shape != tokens.vectors(after).shape:
             for image in set(owners).difference(edited):
                 self.reports[image].note("its prompt was padded to the length of another in its batch")
             return after
@@ -149,7 +149,7 @@ class Hearing:
         return mix(before, after)
 
     def _with_vectors(self, cond: Cond, owners: list[int], step: int) -> Cond:
-        values = words.vectors(cond)
+        values = tokens.vectors(cond)
         changed = values.clone()
         for image, prompt in self.prompts.items():
             rows = [row for row, owner in enumerate(owners) if owner == image]
@@ -167,7 +167,7 @@ class Hearing:
                     changed[rows] = learnt
                 else:  # prompt editing: another prompt, moved as far
                     changed[rows] = values[rows] + (learnt - first)
-        return words.with_vectors(cond, changed)
+        return tokens.with_vectors(cond, changed)
 
     def _first_rows(self) -> list[int]:
         return [image for image, count in enumerate(self.first_owners) for _ in range(count)]
@@ -179,8 +179,8 @@ class Hearing:
         if encoded is None or encoded[1] is None:
             return uncond
         after = prompt_parser.reconstruct_cond_batch(encoded[1], denoiser.step)
-        batch = words.vectors(uncond).shape[0]
-        if batch != words.vectors(after).shape[0]:
+        batch = tokens.vectors(uncond).shape[0]
+        if batch != tokens.vectors(after).shape[0]:
             raise RuntimeError("another extension changed the batch")
         return self._mixed(uncond, after, list(range(batch)), edited)
 
@@ -213,7 +213,7 @@ def padded_with_end() -> list[Any]:
     """The text encoders that pad with their end token."""
     return [
         encoder
-        for encoder in words.text_encoders()
+        for encoder in tokens.text_encoders()
         if getattr(encoder, "id_pad", 0) != 0 and encoder.id_pad == getattr(encoder, "id_end", None)
     ]
 

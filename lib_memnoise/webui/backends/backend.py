@@ -1,7 +1,7 @@
 """The network that the host samples with, and how it is asked.
 
-Hosts differ in it, and are told apart by what their checkpoint has, not by their names: AUTOMATIC1111 (`host.a1111`)
-calls the checkpoint's `apply_model`; hosts whose checkpoint has `forge_objects` patch a U-Net (`host.forge`).
+Hosts differ in it, and are told apart by what their checkpoint has, not by their names: AUTOMATIC1111 (`compvis`)
+calls the checkpoint's `apply_model`; hosts whose checkpoint has `forge_objects` patch a U-Net (`unet_patcher`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from modules import sd_models, shared
 from torch import Tensor, nn
 
-from lib_memnoise.host.first_step import FirstStep
-from lib_memnoise.host.rows import Cond
+from lib_memnoise.sampling.cond_rows import Cond
+from lib_memnoise.webui.sampler_start import FirstStep
 
 Conditions = dict[str, Any]
 """What the network is given beside latents and time, a row for each row of latents."""
@@ -85,18 +85,18 @@ class Network(Protocol):
         """Within, x gets a gradient and nothing else does."""
 
     def gate(self, *args: Any, **kwargs: Any) -> Any:
-        """See `host.gate.Gate`."""
+        """See `lib_memnoise.sampling.guider`."""
 
 
 def network() -> Network:
     """The way to ask that fits the loaded checkpoint."""
     if hasattr(shared.sd_model, "forge_objects"):
-        from lib_memnoise.host import forge
+        from lib_memnoise.webui.backends import unet_patcher
 
-        return forge.NETWORK
-    from lib_memnoise.host import a1111
+        return unet_patcher.NETWORK
+    from lib_memnoise.webui.backends import compvis
 
-    return a1111.NETWORK
+    return compvis.NETWORK
 
 
 def loads_late() -> bool:
@@ -111,7 +111,7 @@ def load_checkpoint() -> None:
             sd_models.forge_model_reload()
 
 
-def tokens(cond: Cond) -> int:
+def token_length(cond: Cond) -> int:
     return int(cond.shape[1])
 
 

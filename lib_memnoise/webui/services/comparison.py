@@ -18,18 +18,18 @@ from torch import Tensor
 from lib_memnoise.core.report import Generation, ImageReport
 from lib_memnoise.core.similarity import similarity
 from lib_memnoise.errors import echo
-from lib_memnoise.host import scoring, sheet
-from lib_memnoise.host.arguments import SLOTS
-from lib_memnoise.host.course import LOOKS
-from lib_memnoise.host.page import USUAL
-from lib_memnoise.host.picture import opened
-from lib_memnoise.host.refusals import is_stopping
-from lib_memnoise.host.request import BadRequest, Request
-from lib_memnoise.host.request import parse as request_of
-from lib_memnoise.host.scoring import Stopped, no_prompt_history
-from lib_memnoise.host.xyz import TITLE
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import SettingError, from_mapping
+from lib_memnoise.webui.failures import is_stopping
+from lib_memnoise.webui.hooks import LOOKS
+from lib_memnoise.webui.request import SLOTS
+from lib_memnoise.webui.services import scoring, sheet
+from lib_memnoise.webui.services.json_request import BadRequest, Request
+from lib_memnoise.webui.services.json_request import parse as request_of
+from lib_memnoise.webui.services.reference_picture import opened
+from lib_memnoise.webui.services.scoring import Stopped, no_prompt_history
+from lib_memnoise.webui.ui.buttons import USUAL
+from lib_memnoise.webui.ui.xyz_axes import TITLE
 
 MOST_IMAGES = 64
 

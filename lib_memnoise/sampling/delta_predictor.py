@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import magnitude, per_image
 from lib_memnoise.core.report import ImageReport
-from lib_memnoise.host import words
-from lib_memnoise.host.first_step import FirstStep
-from lib_memnoise.host.handover import Answer, Answers
-from lib_memnoise.host.network import network, tokens
-from lib_memnoise.host.refusals import Unsupported, raise_if_interrupted
-from lib_memnoise.host.rows import Cond, select_rows
+from lib_memnoise.sampling.cond_rows import Cond, select_rows
+from lib_memnoise.sampling.output_cache import Answer, Answers
+from lib_memnoise.webui import tokens
+from lib_memnoise.webui.backends.backend import network, token_length
+from lib_memnoise.webui.failures import Unsupported, raise_if_interrupted
+from lib_memnoise.webui.sampler_start import FirstStep
 
 
 def empty_prompt(p: Any) -> Cond:
@@ -120,13 +120,13 @@ class Predictor:
     @property
     def vectors(self) -> list[Tensor]:
         """See `lib_memnoise.core.delta.PromptedDelta`."""
-        every = words.vectors(self.cond)
+        every = tokens.vectors(self.cond)
         return [every[[row for row, _ in part]] for part in self.parts]
 
     @property
     def fixed(self) -> list[int]:
         """Start tokens, one for each chunk, and what only pads to the negative prompt's length."""
-        return [place for place in range(tokens(self.cond)) if place % words.CHUNK == 0 or place >= self.length]
+        return [place for place in range(token_length(self.cond)) if place % tokens.CHUNK == 0 or place >= self.length]
 
     def hearing(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
         """See `lib_memnoise.core.delta.PromptedDelta`."""
@@ -140,8 +140,8 @@ class Predictor:
             for own in weights:
                 parts.append([(next_row + k, weight) for k, weight in enumerate(own)])
                 next_row += len(own)
-            heard = torch.cat(vectors).to(words.vectors(self.cond).dtype)
-            part = replace(part, parts=parts, cond=words.with_vectors(select_rows(self.cond, rows), heard))
+            heard = torch.cat(vectors).to(tokens.vectors(self.cond).dtype)
+            part = replace(part, parts=parts, cond=tokens.with_vectors(select_rows(self.cond, rows), heard))
             if not known:
                 with torch.no_grad():
                     known.append(self._unconditional(x))
@@ -223,7 +223,7 @@ def make_predictor(
     calls: tuple[tuple[int, int], ...] = ()
     if as_host and negative is not None:
         rows = sum(len(part) for part in parts)
-        equal = tokens(cond) == tokens(negative)
+        equal = token_length(cond) == token_length(negative)
         calls = asked.first_calls(p, rows, len(parts), equal=equal, sigma=step.sigma)
     asked.load(x)  # when all is encoded that has to be, which may take the network's place
     return Predictor(
@@ -232,7 +232,7 @@ def make_predictor(
         cond=cond,
         uncond=uncond,
         image_cond=image_conditioning(p, x),
-        length=tokens(given),
+        length=token_length(given),
         reports=reports,
         images=list(range(len(parts))),
         answers=Answers(),

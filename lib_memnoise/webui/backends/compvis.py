@@ -11,12 +11,12 @@ import torch
 from modules import prompt_parser, sd_models, shared
 from torch import Tensor, nn
 
-from lib_memnoise.host.first_step import FirstStep, compvis_first_step
-from lib_memnoise.host.gate import Gate, Step
-from lib_memnoise.host.handover import Handover
-from lib_memnoise.host.network import Composition, Conditions, Evaluated, joined, tokens
-from lib_memnoise.host.rows import Cond, select_rows
+from lib_memnoise.sampling.cond_rows import Cond, select_rows
+from lib_memnoise.sampling.guider import Gate, Step
+from lib_memnoise.sampling.output_cache import Handover
 from lib_memnoise.torch_utils.patching import original
+from lib_memnoise.webui.backends.backend import Composition, Conditions, Evaluated, joined, token_length
+from lib_memnoise.webui.sampler_start import FirstStep, compvis_first_step
 
 
 def conditioning(text: Cond, image: Tensor, *, unconditional: bool) -> Conditions:
@@ -37,7 +37,7 @@ def leaves_out_unconditional(p: Any, sigma: float, step: int = 0, steps: int = 1
 
 
 class CompVis:
-    """See `host.network.Network`."""
+    """See `backends.backend.Network`."""
 
     @property
     def unet(self) -> nn.Module:
@@ -65,7 +65,7 @@ class CompVis:
 
     def padded(self, denoiser: Any, cond: Cond, uncond: Cond) -> tuple[Cond, Cond]:
         """With the padding that the host's options ask for where their lengths differ."""
-        if tokens(cond) == tokens(uncond):
+        if token_length(cond) == token_length(uncond):
             return cond, uncond
         for option in ("pad_cond_uncond_v0", "pad_cond_uncond"):
             if getattr(shared.opts, option, False):
@@ -97,7 +97,7 @@ class CompVis:
             return [(conditional, ask(inputs[owners], at, conditional)), (unconditional, predictor.unconditional)]
         if predictor.calls:
             return self._as_host(predictor, inputs, owners, cond, conditional, unconditional)
-        if tokens(cond) == tokens(predictor.uncond) and getattr(shared.opts, "batch_cond_uncond", True):
+        if token_length(cond) == token_length(predictor.uncond) and getattr(shared.opts, "batch_cond_uncond", True):
             out = ask(torch.cat([inputs[owners], inputs]), at, joined(conditional, unconditional))
             return list(zip((conditional, unconditional), out.split([len(owners), len(inputs)])))
         return [
@@ -122,7 +122,7 @@ class CompVis:
         count, at = len(owners), predictor.step.at
         own = predictor.uncond if predictor.host_uncond is None else predictor.host_uncond
         theirs = conditioning(own, predictor.image_cond, unconditional=True)
-        equal = tokens(cond) == tokens(own)
+        equal = token_length(cond) == token_length(own)
         every = torch.cat([inputs[owners], inputs])
         parts = []
         for a, b in predictor.calls:
@@ -287,7 +287,7 @@ class WrapperGate(Gate):
         return {"cond": conditioning(text, self._image_cond[rows], unconditional=unconditional)}
 
     def join(self, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any] | None:
-        same = tokens(self.cond) == tokens(self.uncond) and shared.opts.batch_cond_uncond
+        same = token_length(self.cond) == token_length(self.uncond) and shared.opts.batch_cond_uncond
         return {"cond": joined(first["cond"], second["cond"])} if same else None
 
     def select(self, kwargs: dict[str, Any], rows: list[int]) -> dict[str, Any]:

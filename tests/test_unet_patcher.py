@@ -15,28 +15,28 @@ from tests.hosts.double.host import Double
 
 
 @pytest.fixture(scope="module")
-def forge() -> Any:
+def unet_patcher() -> Any:
     """The module, which needs a host's packages to be imported."""
     with Double(None):
-        from lib_memnoise.host import forge
+        from lib_memnoise.webui.backends import unet_patcher
 
-        yield forge
+        yield unet_patcher
 
 
-def test_parts_are_paired_as_the_host_pairs_them(forge: ModuleType) -> None:
+def test_parts_are_paired_as_the_host_pairs_them(unet_patcher: ModuleType) -> None:
     """As many parts as the shortest prompt has, each weighted as the last prompt's."""
     parts = [[(0, 1.0), (1, 0.5)], [(2, 0.7)], [(3, 0.9), (4, 0.3)]]
-    assert forge.as_heard(parts) == [[(0, 0.9)], [(2, 0.9)], [(3, 0.9)]]
-    assert forge.as_heard(parts[:1]) == parts[:1]
+    assert unet_patcher.as_heard(parts) == [[(0, 0.9)], [(2, 0.9)], [(3, 0.9)]]
+    assert unet_patcher.as_heard(parts[:1]) == parts[:1]
 
 
-def test_chunks_are_told_by_what_is_in_them(forge: ModuleType) -> None:
+def test_chunks_are_told_by_what_is_in_them(unet_patcher: ModuleType) -> None:
     cond = torch.randn(4, 3, 2)
     rows_of_part = [[0, 2], [1, 3]]
-    assert forge.which_part(cond[[1, 3]], cond, rows_of_part) == 1
+    assert unet_patcher.which_part(cond[[1, 3]], cond, rows_of_part) == 1
     # The host repeats a shorter text.
-    assert forge.which_part(cond[[0, 2]].repeat(1, 2, 1), cond, rows_of_part) == 0
-    assert forge.which_part(cond[[0, 3]], cond, rows_of_part) is None
+    assert unet_patcher.which_part(cond[[0, 2]].repeat(1, 2, 1), cond, rows_of_part) == 0
+    assert unet_patcher.which_part(cond[[0, 3]], cond, rows_of_part) is None
 
 
 def call(images: int = 2) -> dict[str, Any]:
@@ -58,10 +58,10 @@ def call(images: int = 2) -> dict[str, Any]:
     }
 
 
-def test_some_rows_of_a_call(forge: ModuleType) -> None:
+def test_some_rows_of_a_call(unet_patcher: ModuleType) -> None:
     given = call()
     before = copy.deepcopy(given["transformer_options"])
-    some = forge.some_rows(given, [3, 0])
+    some = unet_patcher.some_rows(given, [3, 0])
     assert some["c_crossattn"].flatten().tolist() == [3, 0]
     assert some["y"].flatten().tolist() == [30, 0]
     assert some["control"]["input"][0].flatten().tolist() == [300, 0]
@@ -74,11 +74,11 @@ def test_some_rows_of_a_call(forge: ModuleType) -> None:
     some["control"]["input"].pop()
     assert len(given["control"]["input"]) == 1
     assert {**given["transformer_options"], "sigmas": 0, "cond_mark": 0} == {**before, "sigmas": 0, "cond_mark": 0}
-    marked = forge.some_rows(given, [2, 2], [1, 1])["transformer_options"]
+    marked = unet_patcher.some_rows(given, [2, 2], [1, 1])["transformer_options"]
     assert marked["cond_or_uncond"] == [1, 1] and marked["uncond_indices"] == [0, 1]
 
 
-def test_a_state_leaves_the_gate_out(forge: ModuleType) -> None:
+def test_a_state_leaves_the_gate_out(unet_patcher: ModuleType) -> None:
     def inner() -> None: ...
 
     def gate() -> None: ...
@@ -86,16 +86,18 @@ def test_a_state_leaves_the_gate_out(forge: ModuleType) -> None:
     def patch() -> None: ...
 
     options: dict[str, Any] = {"transformer_options": {"patches": {"attn1_patch": [patch]}}}
-    bare = forge.fingerprint(options)
+    bare = unet_patcher.fingerprint(options)
     gate.memnoise_inner = None  # type: ignore[attr-defined]
-    assert forge.fingerprint({**options, forge.WRAPPER: gate}) == bare
+    assert unet_patcher.fingerprint({**options, unet_patcher.WRAPPER: gate}) == bare
     gate.memnoise_inner = inner  # type: ignore[attr-defined]
-    assert forge.fingerprint({**options, forge.WRAPPER: gate}) == forge.fingerprint({**options, forge.WRAPPER: inner})
-    assert forge.fingerprint({**options, forge.WRAPPER: inner}) != bare
-    assert forge.fingerprint({"transformer_options": {"patches": {"attn1_patch": [gate]}}}) != bare
+    assert unet_patcher.fingerprint({**options, unet_patcher.WRAPPER: gate}) == unet_patcher.fingerprint(
+        {**options, unet_patcher.WRAPPER: inner}
+    )
+    assert unet_patcher.fingerprint({**options, unet_patcher.WRAPPER: inner}) != bare
+    assert unet_patcher.fingerprint({"transformer_options": {"patches": {"attn1_patch": [gate]}}}) != bare
 
 
-def test_token_merging_is_left_out_of_gradients_only(forge: ModuleType) -> None:
+def test_token_merging_is_left_out_of_gradients_only(unet_patcher: ModuleType) -> None:
     def merge() -> None: ...
 
     def patch() -> None: ...
@@ -103,16 +105,18 @@ def test_token_merging_is_left_out_of_gradients_only(forge: ModuleType) -> None:
     merge.__module__ = "backend.misc.tomesd"
     unet = SimpleNamespace(model_options={"transformer_options": {"patches": {"attn1_patch": [merge, patch]}}})
     with torch.no_grad():
-        assert forge.options_of(unet)["transformer_options"]["patches"]["attn1_patch"] == [merge, patch]
+        assert unet_patcher.options_of(unet)["transformer_options"]["patches"]["attn1_patch"] == [merge, patch]
     with torch.enable_grad():
-        assert forge.options_of(unet)["transformer_options"]["patches"]["attn1_patch"] == [patch]
+        assert unet_patcher.options_of(unet)["transformer_options"]["patches"]["attn1_patch"] == [patch]
     assert unet.model_options["transformer_options"]["patches"]["attn1_patch"] == [merge, patch]
 
 
 @pytest.mark.parametrize("scale", [7.0, None])
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 0.5], [0.3, -0.2]])
-def test_the_hosts_combination_is_what_is_wanted(forge: ModuleType, scale: float | None, weights: list[float]) -> None:
-    gate = forge.PatchGate.__new__(forge.PatchGate)
+def test_the_hosts_combination_is_what_is_wanted(
+    unet_patcher: ModuleType, scale: float | None, weights: list[float]
+) -> None:
+    gate = unet_patcher.PatchGate.__new__(unet_patcher.PatchGate)
     gate.step = SimpleNamespace(weights=[weights], scale=scale)
     torch.manual_seed(0)
     prompts, unconditional = torch.randn(len(weights), 4, 2, 2), torch.randn(4, 2, 2)
@@ -132,7 +136,7 @@ def test_the_hosts_combination_is_what_is_wanted(forge: ModuleType, scale: float
 
 
 @pytest.mark.parametrize("patched", [False, True])
-def test_the_u_net_of_a_pass_does_not_keep_what_belongs_to_the_request(forge: ModuleType, patched: bool) -> None:
+def test_the_u_net_of_a_pass_does_not_keep_what_belongs_to_the_request(unet_patcher: ModuleType, patched: bool) -> None:
     def inner(apply_model: Callable[..., Any], args: dict[str, Any]) -> Any:
         return apply_model(2 * args["input"], args["timestep"], **args["c"])
 
@@ -141,7 +145,7 @@ def test_the_u_net_of_a_pass_does_not_keep_what_belongs_to_the_request(forge: Mo
             return 10 * apply_model(args["input"], args["timestep"], **args["c"])
 
     gate = Doubling()
-    wrapper = copy.deepcopy({"options": forge.standing_before(gate, inner if patched else None)})["options"]
+    wrapper = copy.deepcopy({"options": unet_patcher.standing_before(gate, inner if patched else None)})["options"]
     args = {"input": 3, "timestep": 1, "c": {"more": 5}, "cond_or_uncond": [0]}
 
     def apply_model(x: int, t: int, more: int) -> int:

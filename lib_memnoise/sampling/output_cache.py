@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_memnoise.host.network import network
-from lib_memnoise.host.rows import select_rows
+from lib_memnoise.sampling.cond_rows import select_rows
 from lib_memnoise.torch_utils.cross_attention import PLAIN, Row, scaled
+from lib_memnoise.webui.backends.backend import network
 
 
 @dataclass(frozen=True)

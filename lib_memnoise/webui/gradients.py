@@ -6,16 +6,16 @@ import torch
 from modules import devices
 from torch import Tensor
 
-from lib_memnoise import leanness
 from lib_memnoise.core.delta import magnitude, per_image
-from lib_memnoise.host.network import network
-from lib_memnoise.host.predictor import Predictor
-from lib_memnoise.host.refusals import Unsupported
-from lib_memnoise.leanness import Lean, free_memory, run_from
 from lib_memnoise.methods.descent import NoGradient, gradients
 from lib_memnoise.methods.pipeline import Initial, Outcome
+from lib_memnoise.sampling import memory_mode
+from lib_memnoise.sampling.delta_predictor import Predictor
+from lib_memnoise.sampling.memory_mode import Lean, free_memory, run_from
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.oom import is_out_of_memory
+from lib_memnoise.webui.backends.backend import network
+from lib_memnoise.webui.failures import Unsupported
 
 GRADIENT_TOLERANCE = 0.05
 """How far a difference quotient may be from the gradient's length; with the tests' checkpoints they are 0.1 % apart."""
@@ -23,7 +23,7 @@ GRADIENT_TOLERANCE = 0.05
 
 def first_attempt(x: Tensor, rows: int, free: float) -> Lean:
     """`leanness.first_attempt` with the host's network."""
-    return leanness.first_attempt(network().unet, x, rows, free)
+    return memory_mode.first_attempt(network().unet, x, rows, free)
 
 
 def run_leanly(x: Tensor, delta: Predictor, settings: Settings, initial: Initial) -> Outcome:

@@ -14,16 +14,16 @@ from lib_memnoise.core.calibration import ordinary_prompts
 from lib_memnoise.core.calibration_store import serves
 from lib_memnoise.core.report import Generation
 from lib_memnoise.errors import echo, meant
-from lib_memnoise.host import calibrations, recent, request, scoring
-from lib_memnoise.host.arguments import Refusal
-from lib_memnoise.host.course import left_as_it_was, raise_if_unsupported, refuse
-from lib_memnoise.host.nested import host_set_aside
-from lib_memnoise.host.network import network
-from lib_memnoise.host.refusals import Unsupported
-from lib_memnoise.host.request import BadRequest, Request
-from lib_memnoise.host.scoring import Probe, ScoredImage, Stopped
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.oom import is_out_of_memory
+from lib_memnoise.webui.backends.backend import network
+from lib_memnoise.webui.failures import Unsupported
+from lib_memnoise.webui.hooks import left_as_it_was, raise_if_unsupported, refuse
+from lib_memnoise.webui.nested import host_set_aside
+from lib_memnoise.webui.request import Refusal
+from lib_memnoise.webui.services import calibrations, json_request, recent_prompts, scoring
+from lib_memnoise.webui.services.json_request import BadRequest, Request
+from lib_memnoise.webui.services.scoring import Probe, ScoredImage, Stopped
 
 MOST_RECENT = 240
 """Prompts of recent pictures that are scored."""
@@ -57,7 +57,7 @@ def parse(body: Any) -> tuple[Request, str, list[str]]:
         raise BadRequest(f"memnoise: source = {source} {rule}.")
     notes: list[str] = []
     if source == "recent":
-        found = recent.prompts(MOST_RECENT)
+        found = recent_prompts.prompts(MOST_RECENT)
         notes = found.notes()
         if len(found.prompts) < calibration.FEWEST:
             raise BadRequest(
@@ -66,7 +66,11 @@ def parse(body: Any) -> tuple[Request, str, list[str]]:
         given["prompts"] = found.prompts
     elif source == "built-in":
         given["prompts"] = ordinary_prompts()
-    return request.parse(given, kind="calibration", without=(*request.OWN, "seed", "seeds", "words")), source, notes
+    return (
+        json_request.parse(given, kind="calibration", without=(*json_request.OWN, "seed", "seeds", "words")),
+        source,
+        notes,
+    )
 
 
 def answer(wanted: Request, source: str, notes: list[str]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 from modules import prompt_parser, shared
 from torch import Tensor
 
-from lib_memnoise.host.refusals import Unsupported
-from lib_memnoise.host.rows import Cond
+from lib_memnoise.sampling.cond_rows import Cond
+from lib_memnoise.webui.failures import Unsupported
 
 CHUNK = 77
 """Tokens of a prompt come in chunks of this many, each with a start and an end of its own."""

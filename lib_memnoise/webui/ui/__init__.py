@@ -1,0 +1,1 @@
+"""The page: accordion, buttons, settings page, X/Y/Z axes."""
