@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from scipy import stats
 from tqdm import tqdm
 
-from lib_memnoise.client import WebUI
 from lib_memnoise.core.calibration import distinct
 from lib_memnoise.lab.claims import ordinary_subjects
-from lib_memnoise.lab.study import seed_of, subjects
+from lib_memnoise.lab.client import WebUI
+from lib_memnoise.lab.experiment import seed_of, subjects
 
 OWN = 22
 """The draw of the captions to calibrate with, none of which is counted."""

@@ -28,7 +28,7 @@ from on_device.shapes import SHAPES, TOKENS, make_unet
 from torch import Tensor, nn
 
 from lib_memnoise.core.delta import magnitude
-from lib_memnoise.miniature import networks
+from lib_memnoise.lab.miniature import networks
 from lib_memnoise.torch_utils.checkpointing import checkpointed
 
 TEXT = (TOKENS, SHAPES["SD 1.4"]["context_dim"])

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.core.delta import magnitude
-from lib_memnoise.lab.bench import FirstDelta, make_network, noises
-from lib_memnoise.lab.study import seed_of, subjects
+from lib_memnoise.lab.experiment import seed_of, subjects
+from lib_memnoise.lab.miniature.model import load_miniature
+from lib_memnoise.lab.simulator import FirstDelta, make_network, noises
 from lib_memnoise.methods.descent import FAR, PATIENCE, is_far
 from lib_memnoise.methods.per_sample import adjust
-from lib_memnoise.miniature.model import load_miniature
 from lib_memnoise.settings import PRESET_VALUES
 
 STEPS = int(PRESET_VALUES["sd1"]["max_steps"])

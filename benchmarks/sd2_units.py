@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from lib_memnoise.core.delta import magnitude, norm_ratio
-from lib_memnoise.lab.bench import FirstDelta, make_network, noises
-from lib_memnoise.lab.study import seed_of, subjects
+from lib_memnoise.lab.experiment import seed_of, subjects
+from lib_memnoise.lab.miniature.model import load_miniature
+from lib_memnoise.lab.simulator import FirstDelta, make_network, noises
 from lib_memnoise.methods.pipeline import Initial, run
-from lib_memnoise.miniature.model import load_miniature
 from lib_memnoise.settings import SIGMA_MAX, Settings
 
 READINGS = {

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from lib_memnoise import __version__
 from lib_memnoise.errors import echo, is_encodable
-from lib_memnoise.miniature import OneSentence
+from lib_memnoise.lab.miniature import OneSentence
 from lib_memnoise.settings import json_schema
 from lib_memnoise.torch_utils.oom import is_out_of_memory
 
@@ -84,13 +84,13 @@ def demo(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from lib_memnoise.lab.comparison import COMPARED, EVERY, compare, markdown_table, own_subjects, table, total
-    from lib_memnoise.lab.study import subjects
-    from lib_memnoise.miniature.model import load_miniature
+    from lib_memnoise.lab.experiment import subjects
+    from lib_memnoise.lab.miniature.model import load_miniature
 
     path = arguments.page or (None if arguments.json else Path(PAGE))
     if path is not None:
         path = checked_page(path)
-        from lib_memnoise.lab.page import page
+        from lib_memnoise.lab.demo_report import page
     torch.set_num_threads(arguments.threads)
     model = load_miniature(arguments.variant)
     if arguments.prompt:
@@ -130,7 +130,7 @@ def claims(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from lib_memnoise.lab.claims import SHORT, Plan, judge, markdown_report, measure, report
-    from lib_memnoise.miniature.model import load_miniature
+    from lib_memnoise.lab.miniature.model import load_miniature
 
     torch.set_num_threads(arguments.threads)
     model = load_miniature()
@@ -160,7 +160,7 @@ def score(arguments: argparse.Namespace) -> None:
         return score_miniature(arguments)
     if not arguments.prompts:
         raise OneSentence("a prompt is needed to ask a WebUI for its score.")
-    from lib_memnoise.client import WebUI
+    from lib_memnoise.lab.client import WebUI
 
     request = {"prompts": arguments.prompts, **request_of(arguments)}
     answer = WebUI(arguments.url, arguments.auth).post("score", request)
@@ -197,7 +197,7 @@ def score_miniature(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from lib_memnoise.lab.detection import Plan, detect, documents, left_alone, left_alone_text, report
-    from lib_memnoise.miniature.model import load_miniature
+    from lib_memnoise.lab.miniature.model import load_miniature
 
     torch.set_num_threads(arguments.threads)
     model = load_miniature(arguments.variant)
@@ -215,14 +215,14 @@ def score_miniature(arguments: argparse.Namespace) -> None:
                 print(f"{sum(record['scores']) / len(record['scores']):9.4f}  {record['prompt']}")
         return
     if arguments.timesteps:
-        from lib_memnoise.lab import timesteps
+        from lib_memnoise.lab import timestep_transfer
 
         with tqdm(total=arguments.ordinary, unit="prompt", leave=False) as bar:
-            along = timesteps.scores(model, arguments.ordinary, seed=seed, progress=bar.update)
+            along = timestep_transfer.scores(model, arguments.ordinary, seed=seed, progress=bar.update)
         if arguments.json:
-            print(json.dumps(timesteps.documents(along, arguments.variant), indent=2))
+            print(json.dumps(timestep_transfer.documents(along, arguments.variant), indent=2))
         else:
-            print(timesteps.report(along, arguments.variant))
+            print(timestep_transfer.report(along, arguments.variant))
         return
     plan = Plan(images=arguments.images, ordinary=arguments.ordinary)
     with tqdm(total=plan.total, unit="score", leave=False) as bar:
@@ -250,7 +250,7 @@ def captions_of(path: Path) -> list[str]:
 
 
 def calibrate(arguments: argparse.Namespace) -> None:
-    from lib_memnoise.client import WebUI
+    from lib_memnoise.lab.client import WebUI
 
     request = request_of(arguments)
     if arguments.prompts is not None:
@@ -270,7 +270,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
 
 
 def miniature_train(arguments: argparse.Namespace) -> None:
-    from lib_memnoise.miniature.train import export, train
+    from lib_memnoise.lab.miniature.train import export, train
 
     train(arguments.folder, processes=arguments.processes, shipped=arguments.shipped_autoencoder)
     if arguments.export is not None:
@@ -278,7 +278,7 @@ def miniature_train(arguments: argparse.Namespace) -> None:
 
 
 def miniature_install(arguments: argparse.Namespace) -> None:
-    from lib_memnoise.miniature.checkpoint import install
+    from lib_memnoise.lab.miniature.checkpoint import install
 
     variants = None if arguments.variant is None else (arguments.variant,)
     for path in install(
@@ -288,7 +288,7 @@ def miniature_install(arguments: argparse.Namespace) -> None:
 
 
 def miniature_check(_: argparse.Namespace) -> None:
-    from lib_memnoise.miniature.validation import report, validate
+    from lib_memnoise.lab.miniature.validation import report, validate
 
     print(report(validate()))
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lib_memnoise.core.delta import magnitude
+from lib_memnoise.lab.miniature.architecture import TEXT_WIDTH, make_unet
 from lib_memnoise.methods.pipeline import Initial, run, run_each
-from lib_memnoise.miniature.architecture import TEXT_WIDTH, make_unet
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.checkpointing import blocks, checkpointed
 from tests.networks import SmallDelta, noise

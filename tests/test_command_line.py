@@ -18,9 +18,9 @@ import pytest
 from lib_memnoise import __main__ as command_line
 from lib_memnoise import __version__
 from lib_memnoise.__main__ import main
-from lib_memnoise.lab import claims, comparison, study
-from lib_memnoise.lab.workers import Workers
-from lib_memnoise.miniature import WEIGHTS, OneSentence, checkpoint, model
+from lib_memnoise.lab import claims, comparison, experiment
+from lib_memnoise.lab.miniature import WEIGHTS, OneSentence, checkpoint, model
+from lib_memnoise.lab.processes import Workers
 from lib_memnoise.settings import from_mapping, json_schema
 
 ROOT = Path(__file__).parents[1]
@@ -157,7 +157,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 def test_claims_that_fail_fail_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # Two steps, and two of the gradient's, make pictures of nothing. Two prompts of each kind are enough for that.
     monkeypatch.setattr(claims, "ORDINARY", 2)
-    monkeypatch.setattr(claims, "subjects", lambda **kinds: study.subjects(**kinds)[:2])
+    monkeypatch.setattr(claims, "subjects", lambda **kinds: experiment.subjects(**kinds)[:2])
     for name in ("PER_SAMPLE", "HALF"):
         monkeypatch.setattr(claims, name, dataclasses.replace(getattr(claims, name), max_steps=2))
     monkeypatch.setattr(claims, "SHORT", claims.Plan(images=1, taus=(900.0, 800.0), controls=1, steps=2))
@@ -268,7 +268,7 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delitem(sys.modules, "lib_memnoise.miniature.train", raising=False)
+    monkeypatch.delitem(sys.modules, "lib_memnoise.lab.miniature.train", raising=False)
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(SystemExit, match=r"^memnoise: the package tqdm is missing; .*\[demo\]") as stopped:
         main(["miniature", "train", str(tmp_path / "work")])
@@ -341,7 +341,7 @@ def test_what_is_no_text_is_said_in_the_terminal(tmp_path: Path) -> None:
 
 
 def test_numbers_that_json_has_not() -> None:
-    from lib_memnoise.client import WebUI, WebUIError
+    from lib_memnoise.lab.client import WebUI, WebUIError
 
     with pytest.raises(WebUIError, match="none in JSON"):
         WebUI("http://127.0.0.1:9").post("score", {"cfg_scale": float("nan")})

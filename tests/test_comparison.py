@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import magnitude
 from lib_memnoise.core.guidance import Start
-from lib_memnoise.lab import bench, claims, comparison, records, study
-from lib_memnoise.lab.page import page
+from lib_memnoise.lab import claims, comparison, experiment, simulator, text_table
+from lib_memnoise.lab.demo_report import page
+from lib_memnoise.lab.miniature.model import Miniature, load_miniature
 from lib_memnoise.lab.samplers import SAMPLERS
 from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar, clean_and_eps, ddim_timesteps
-from lib_memnoise.miniature.model import Miniature, load_miniature
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import Settings, from_mapping, used_settings
 
@@ -116,8 +116,8 @@ def test_clean_and_eps_agree_between_parameterizations() -> None:
 CAPTIONS = ["a fox", "an owl on a red background"]
 
 
-def generate(model: Miniature, settings: Settings, **kwargs: Any) -> bench.Generated:
-    return bench.generate(model, CAPTIONS, bench.noises([1, 2]), settings, **kwargs)
+def generate(model: Miniature, settings: Settings, **kwargs: Any) -> simulator.Generated:
+    return simulator.generate(model, CAPTIONS, simulator.noises([1, 2]), settings, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -149,17 +149,17 @@ def test_rows_per_sample(model: Miniature, sampler: str, calls: int) -> None:
 
 
 def test_opposite_guidance_goes_away_from_the_prompt(model: Miniature) -> None:
-    x, t = bench.noises([1, 2]), 981.0
-    network = bench.make_network(model, CAPTIONS)
+    x, t = simulator.noises([1, 2]), 981.0
+    network = simulator.make_network(model, CAPTIONS)
     starts = [Start(900.0, opposite=3.0), Start(900.0)]
     with torch.no_grad():
-        found = bench.Guided(network, starts)(x, t)
+        found = simulator.Guided(network, starts)(x, t)
         assert network.forward.tolist() == [2, 1]
         delta, unconditional = network.delta(x, t)
     torch.testing.assert_close(found, unconditional - torch.tensor([3.0, 0.0])[:, None, None, None] * delta)
     with torch.no_grad():
-        guided = bench.Guided(network, starts)(x, 881.0)
-    torch.testing.assert_close(guided, bench.Guided(network, [Start(), Start()])(x, 881.0))
+        guided = simulator.Guided(network, starts)(x, 881.0)
+    torch.testing.assert_close(guided, simulator.Guided(network, [Start(), Start()])(x, 881.0))
 
 
 def test_guidance_starts_at_each_images_own_transition_point(model: Miniature) -> None:
@@ -195,10 +195,10 @@ def test_few_steps_begin_below_tau_and_wait_for_its_share(model: Miniature) -> N
 
 
 def test_an_empty_caption_is_left_alone(model: Miniature) -> None:
-    noise = bench.noises([1, 2])
-    plain = bench.generate(model, ["", CAPTIONS[1]], noise, Settings(), steps=10)
+    noise = simulator.noises([1, 2])
+    plain = simulator.generate(model, ["", CAPTIONS[1]], noise, Settings(), steps=10)
     for settings in (Settings(enabled=True), Settings(enabled=True, when="flagged", threshold=0.0)):
-        found = bench.generate(model, ["", CAPTIONS[1]], noise, settings, steps=10)
+        found = simulator.generate(model, ["", CAPTIONS[1]], noise, settings, steps=10)
         assert torch.equal(found.noise[0], noise[0]) and not torch.equal(found.noise[1], noise[1])
         torch.testing.assert_close(found.latents[0], plain.latents[0], rtol=1e-4, atol=1e-4)
         assert not torch.allclose(found.latents[1], plain.latents[1], atol=0.01)
@@ -212,17 +212,17 @@ def test_looking_changes_nothing(model: Miniature) -> None:
 
 def test_images_do_not_depend_on_their_batch(model: Miniature) -> None:
     together = generate(model, comparison.COMPARED["batch-wise"], steps=10)
-    alone = bench.generate(model, CAPTIONS[1:], bench.noises([2]), comparison.COMPARED["batch-wise"], steps=10)
+    alone = simulator.generate(model, CAPTIONS[1:], simulator.noises([2]), comparison.COMPARED["batch-wise"], steps=10)
     torch.testing.assert_close(together.latents[1:], alone.latents, rtol=1e-2, atol=1e-2)
 
 
 def test_static_tau_leaves_the_noise_alone(model: Miniature) -> None:
-    assert torch.equal(generate(model, comparison.COMPARED["static tau"], steps=10).noise, bench.noises([1, 2]))
+    assert torch.equal(generate(model, comparison.COMPARED["static tau"], steps=10).noise, simulator.noises([1, 2]))
 
 
 def test_noises_are_the_seeds() -> None:
-    assert torch.equal(bench.noises([3, 4])[1], bench.noises([4])[0])
-    first = [study.seed_of(s, i, 0) for s in range(20) for i in range(1000)]
+    assert torch.equal(simulator.noises([3, 4])[1], simulator.noises([4])[0])
+    first = [experiment.seed_of(s, i, 0) for s in range(20) for i in range(1000)]
     assert len(set(first)) == len(first)
 
 
@@ -230,7 +230,7 @@ def test_noises_are_the_seeds() -> None:
 
 
 def test_memorised_prompts_are_copied_and_the_methods_help(model: Miniature) -> None:
-    chosen = study.subjects(memorised=True, held_out=True)[:4]
+    chosen = experiment.subjects(memorised=True, held_out=True)[:4]
     found = comparison.compare(model, chosen, images=2)
     none, static, batch_wise, per_sample = found.records
     assert none["copied"] >= 0.75  # of eight
@@ -241,18 +241,18 @@ def test_memorised_prompts_are_copied_and_the_methods_help(model: Miniature) -> 
 
 
 def test_a_copy_of_another_memorised_picture_is_a_copy() -> None:
-    pictures = study.to_pictures(study.references()[[4, 5, 4, 5]])
-    chosen = [*study.subjects(memorised=True, held_out=True), *study.subjects(memorised=True, held_out=False)]
+    pictures = experiment.to_pictures(experiment.references()[[4, 5, 4, 5]])
+    chosen = [*experiment.subjects(memorised=True, held_out=True), *experiment.subjects(memorised=True, held_out=False)]
     own = next(subject for subject in chosen if subject.memorised == 4)
     array = np.zeros(4, np.float32)
-    part = study.Part(
-        pictures.numpy(), np.ones((4, 4, 16, 16), np.float32), study.likeness(pictures).numpy(),
+    part = experiment.Part(
+        pictures.numpy(), np.ones((4, 4, 16, 16), np.float32), experiment.likeness(pictures).numpy(),
         *[array] * 5, np.empty((0, 4), np.float32), [],
     )  # fmt: skip
-    found = study.collected([own, study.Subject("a fox", ("fox",), None)], 2, [part])
+    found = experiment.collected([own, experiment.Subject("a fox", ("fox",), None)], 2, [part])
     assert found.copied.tolist() == [[True, True], [True, True]]
     assert found.copied_own.tolist() == [[True, False], [False, False]]
-    record = study.record("none", Settings(), "eps", found)
+    record = experiment.record("none", Settings(), "eps", found)
     assert (record["copied"], record["copied_own"]) == (1.0, 0.5)  # of two images with a picture of their own
     assert record["similarity"] == pytest.approx(1) and record["similarity_own"] < 0.9
     assert np.isnan(found.similarity_own[1]).all() and (found.similarity_own[0] <= found.similarity[0]).all()
@@ -264,14 +264,14 @@ def test_what_was_seen_of_another_prompts_pictures(model: Miniature) -> None:
     (subject,) = comparison.own_subjects([caption])
     assert subject.memorised is not None
     # its first seed is 1000
-    found = study.study(model, [subject], Settings(enabled=True, preset="sd1"), images=8, seed=1000)
+    found = experiment.study(model, [subject], Settings(enabled=True, preset="sd1"), images=8, seed=1000)
     assert (found.similarity_own <= found.similarity).all()
     assert found.copied.sum() >= found.copied_own.sum() + 3
     assert found.copied_own.sum() <= 3
 
 
 def test_page_has_everything_in_it(model: Miniature) -> None:
-    chosen = comparison.own_subjects(["a fox", study.subjects(memorised=True, held_out=True)[0].caption])
+    chosen = comparison.own_subjects(["a fox", experiment.subjects(memorised=True, held_out=True)[0].caption])
     assert [subject.memorised is None for subject in chosen] == [True, False]
     found = comparison.compare(model, chosen, images=1, steps=3, looking=True)
     text = page(found)
@@ -297,7 +297,7 @@ def test_markdown() -> None:
         "method": "none", "copied": 0.5, "copied_own": None, "similarity": -0.051, "similarity_own": -0.2,
         "alignment": 1, "rows": 98.4, "backward_rows": 0, "magnitude_before": 7.0, "magnitude_after": 7.81,
     }  # fmt: skip
-    assert records.markdown([record]) == [
+    assert text_table.markdown([record]) == [
         "| | copied any | copied own | similarity any | similarity own | alignment | rows | backward | ‖Δ‖ after |",
         "|---|---|---|---|---|---|---|---|---|",
         "| none | 50 % | – | −0.05 | −0.20 | 1.00 | 98 | 0 | 7.81 |",
@@ -313,14 +313,16 @@ def test_bootstrap_interval_of_a_mean() -> None:
     assert low < 3.0 < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
 
 
-def images(similarity: float, alignment: float, captions: int = 4, fall: float = 0.6) -> study.Images:
+def images(similarity: float, alignment: float, captions: int = 4, fall: float = 0.6) -> experiment.Images:
     rng = np.random.default_rng(int(1000 * similarity + alignment))
     like = similarity + 0.01 * rng.standard_normal((captions, 3))
     one = np.ones((captions, 3))
     empty = torch.empty(0)
     timesteps = [980.0 - 20 * k for k in range(49)]
     trace = np.where(np.arange(49) < 10, 1.0, 1 - fall)[:, None, None] * one
-    return study.Images(empty, empty, like, like - 0.05, alignment * one, 5 * one, one, one, one, one, trace, timesteps)
+    return experiment.Images(
+        empty, empty, like, like - 0.05, alignment * one, 5 * one, one, one, one, one, trace, timesteps
+    )
 
 
 def measured(**changed: Any) -> claims.Measured:
@@ -384,8 +386,8 @@ def test_claims_fail_where_they_should(changed: dict[str, Any], claim: str) -> N
 
 
 def test_random_displacement_is_as_long(model: Miniature) -> None:
-    chosen = study.subjects(memorised=True, held_out=True)[:2]
-    x = bench.noises([study.seed_of(s, i, 1) for s in range(2) for i in range(2)])
+    chosen = experiment.subjects(memorised=True, held_out=True)[:2]
+    x = simulator.noises([experiment.seed_of(s, i, 1) for s in range(2) for i in range(2)])
     moved = x + torch.arange(1, 5.0)[:, None, None, None] * torch.ones_like(x)
     other = claims.displaced(chosen, 2, 1, moved)
     torch.testing.assert_close(magnitude(other - x), magnitude(moved - x))
@@ -408,9 +410,9 @@ def test_every_method_is_compared_by_settings_that_the_api_takes() -> None:
         assert from_mapping(given) == settings
 
 
-def generated(model: Miniature, method: str, captions: list[str], **values: Any) -> bench.Generated:
+def generated(model: Miniature, method: str, captions: list[str], **values: Any) -> simulator.Generated:
     settings = Settings(enabled=True, method=method, **values)
-    return bench.generate(model, captions, bench.noises(range(len(captions))), settings, seeds=[5, 6], steps=4)
+    return simulator.generate(model, captions, simulator.noises(range(len(captions))), settings, seeds=[5, 6], steps=4)
 
 
 CAPTIONS = ["a fox on a red background", "an owl and a fox on a blue background"]
@@ -421,13 +423,13 @@ def test_another_text_is_the_prompt_of_that_text(model: Miniature) -> None:
     assert run.outcome is not None
     texts = [run.outcome.prompts[image].text or "" for image in range(2)]
     assert all(len(text.split()) == len(caption.split()) + 2 for text, caption in zip(texts, CAPTIONS))
-    alone = bench.generate(model, texts, bench.noises(range(2)), Settings(), steps=4)
+    alone = simulator.generate(model, texts, simulator.noises(range(2)), Settings(), steps=4)
     assert torch.equal(run.latents, alone.latents) and run.forward.tolist() == [6, 6]
     assert torch.equal(run.after, alone.before)  # ‖Δ‖ of the prompt as it was heard
 
 
 def test_what_changes_the_prompt_changes_nothing_at_its_neutral_value(model: Miniature) -> None:
-    plain = bench.generate(model, CAPTIONS, bench.noises(range(2)), Settings(), steps=4)
+    plain = simulator.generate(model, CAPTIONS, simulator.noises(range(2)), Settings(), steps=4)
     for method, values in (
         ("cross_attention", {"bos_scale": 1.0, "mask_padding": False}),
         ("random_tokens", {"tokens": 0}),

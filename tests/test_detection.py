@@ -11,8 +11,7 @@ from lib_memnoise.__main__ import main
 from lib_memnoise.core.calibration import unit
 from lib_memnoise.core.calibration_store import serves
 from lib_memnoise.core.delta import magnitude
-from lib_memnoise.lab import detection, timesteps
-from lib_memnoise.lab.bench import FirstDelta, make_network, noises
+from lib_memnoise.lab import detection, timestep_transfer
 from lib_memnoise.lab.detection import (
     MOST,
     Line,
@@ -25,9 +24,10 @@ from lib_memnoise.lab.detection import (
     report,
     true_positives,
 )
+from lib_memnoise.lab.experiment import seed_of, subjects
+from lib_memnoise.lab.miniature.model import load_miniature
 from lib_memnoise.lab.sampling import alpha_bar
-from lib_memnoise.lab.study import seed_of, subjects
-from lib_memnoise.miniature.model import load_miniature
+from lib_memnoise.lab.simulator import FirstDelta, make_network, noises
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -110,8 +110,8 @@ def test_a_threshold_of_another_timestep(capsys: pytest.CaptureFixture[str]) -> 
     main(["score", "--timesteps", "--ordinary", "32", "--json", "--threads", "1"])
     records = json.loads(capsys.readouterr().out)
     found = {(one["calibrated_at"], one["scored_at"]): one for one in records}
-    assert len(found) == len(timesteps.TIMESTEPS) ** 2
-    for t in timesteps.TIMESTEPS:
+    assert len(found) == len(timestep_transfer.TIMESTEPS) ** 2
+    for t in timestep_transfer.TIMESTEPS:
         # The 99 % quantile lies below the largest one.
         assert found[t, t]["raw"] == found[t, t]["false_positives"] == 1 / 32
     near = [one for (t, other), one in found.items() if serves(t, other)]
@@ -121,13 +121,13 @@ def test_a_threshold_of_another_timestep(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_false_positives_by_another_threshold() -> None:
     scores = np.stack([np.arange(1.0, 101.0), np.arange(51.0, 151.0)])
-    assert timesteps.false_positives(scores, rate=0.1).tolist() == [[0.1, 0.6], [0.0, 0.1]]
-    assert timesteps.false_positives(scores * [[1], [3]], np.array([1.0, 3.0]), 0.1).tolist() == [
+    assert timestep_transfer.false_positives(scores, rate=0.1).tolist() == [[0.1, 0.6], [0.0, 0.1]]
+    assert timestep_transfer.false_positives(scores * [[1], [3]], np.array([1.0, 3.0]), 0.1).tolist() == [
         [0.1, 0.6],
         [0.0, 0.1],
     ]
-    every = np.repeat(scores[:1], len(timesteps.TIMESTEPS), axis=0)
-    text = timesteps.report(every, "eps")
+    every = np.repeat(scores[:1], len(timestep_transfer.TIMESTEPS), axis=0)
+    text = timestep_transfer.report(every, "eps")
     assert "100 ordinary prompts" in text and text.count("\n   981 ") == 0 and text.count("\n  981 ") == 3
 
 

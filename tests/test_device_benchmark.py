@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lib_memnoise.lab.bench import PER_SAMPLE, generate, noises
-from lib_memnoise.lab.study import subjects
+from lib_memnoise.lab.experiment import subjects
+from lib_memnoise.lab.miniature.model import Miniature, load_miniature
+from lib_memnoise.lab.simulator import PER_SAMPLE, generate, noises
 from lib_memnoise.methods.pipeline import Initial, Outcome, run
-from lib_memnoise.miniature.model import Miniature, load_miniature
 from lib_memnoise.registry import METHODS
 from lib_memnoise.sampling.memory_mode import KEPT, Lean, first_attempt, run_from
 from lib_memnoise.settings import Settings

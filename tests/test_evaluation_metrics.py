@@ -243,7 +243,7 @@ def test_diversity_is_of_pairs() -> None:
 
 
 def test_alignment_is_the_detectors() -> None:
-    from lib_memnoise.miniature.scenes import draw, prompts
+    from lib_memnoise.lab.miniature.scenes import draw, prompts
 
     scene = next(prompt for prompt in prompts() if prompt.memorised)
     other = next(

@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from lib_memnoise.__main__ import main
-from lib_memnoise.lab.evaluation import cluster, making
-from lib_memnoise.lab.evaluation.makers import literal, parameters
+from lib_memnoise.lab.evaluation import cluster, dispatch
+from lib_memnoise.lab.evaluation.generators import literal, parameters
 from lib_memnoise.lab.evaluation.plan import Unit
 from lib_memnoise.lab.evaluation.results import results
 from lib_memnoise.lab.evaluation.run import Run
@@ -167,7 +167,7 @@ def test_errors_hangs_and_cuts(
 
 def test_a_unit_that_always_fails_is_set_aside(pair: list[Process], plan: Path, tmp_path: Path) -> None:
     with in_front(pair[0].url) as front:
-        front.spoil = [500] * making.ATTEMPTS
+        front.spoil = [500] * dispatch.ATTEMPTS
         run = ("evaluate", str(tmp_path / "run"), "--plan", str(plan), "--url", front.url)
         assert "2 images could not be made; the same command tries again" in refusal(*run)
         assert (tmp_path / "run" / "report.html").read_text().count("2 images are missing")
@@ -201,7 +201,7 @@ def test_refusals(pair: list[Process], plan: Path, tmp_path: Path, monkeypatch: 
     assert "is no address of a WebUI" in refusal(*run, "webui")
     with Process("sd1", "--without-memnoise") as bare:
         assert "has no memnoise" in refusal(*run, bare.url)
-    monkeypatch.setattr(importlib.import_module("lib_memnoise.lab.evaluation.makers"), "__version__", "9.9.9")
+    monkeypatch.setattr(importlib.import_module("lib_memnoise.lab.evaluation.generators"), "__version__", "9.9.9")
     assert "has memnoise 0.1.0; this is 9.9.9" in refusal(*run, pair[0].url)
     assert not list((tmp_path / "run").rglob("*.png"))
 
@@ -336,15 +336,15 @@ class Fails:
 
     def __call__(self, request: Any) -> list[Any]:
         if self.made == self.count:
-            raise making.Unanswered(f"{self.name} is gone.")
+            raise dispatch.Unanswered(f"{self.name} is gone.")
         self.made += 1
         return [request]
 
 
-def queue(makers: list[Any], total: int) -> tuple[list[int], making.Told]:
+def queue(makers: list[Any], total: int) -> tuple[list[int], dispatch.Told]:
     kept: list[int] = []
     units = (Unit("none", k, 0, 1) for k in range(total))
-    told = making.make(
+    told = dispatch.make(
         makers, units, lambda unit: unit.prompt, lambda unit, made: kept.append(made[0]), lambda *_: None, patience=2
     )  # type: ignore[arg-type, return-value]
     return kept, told
@@ -356,7 +356,7 @@ def test_who_is_left_does_it_all() -> None:
 
 
 def test_all_gone() -> None:
-    with pytest.raises(making.Unanswered, match="is gone"):
+    with pytest.raises(dispatch.Unanswered, match="is gone"):
         queue([Fails("a", 3), Fails("b", 2)], 50)
 
 
@@ -365,9 +365,9 @@ def test_back_off() -> None:
     said: list[str] = []
 
     def never() -> None:
-        raise making.Unanswered("nothing answers.")
+        raise dispatch.Unanswered("nothing answers.")
 
-    with pytest.raises(making.Unanswered):
-        making.retrying(10, said.append, waits.append)(never)
+    with pytest.raises(dispatch.Unanswered):
+        dispatch.retrying(10, said.append, waits.append)(never)
     assert waits == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
     assert said[-1] == "nothing answers. Again in 60 s."

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lib_memnoise.core.delta import magnitude, select
+from lib_memnoise.lab.miniature.networks import TransformerBlock, UNet
 from lib_memnoise.methods import divin, noise_selection, prompt_embedding, random_tokens, sail
 from lib_memnoise.methods.pipeline import Initial, Outcome, Prompt, run, run_each, run_some
-from lib_memnoise.miniature.networks import TransformerBlock, UNet
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import SettingError, Settings, from_mapping
 from lib_memnoise.torch_utils.cross_attention import PLAIN, Row, cross_attentions, scaled

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from lib_memnoise.core.similarity import similarity
-from lib_memnoise.miniature import MANIFEST, WEIGHTS, OneSentence, checkpoint, clip, scenes, train
-from lib_memnoise.miniature.architecture import make_autoencoder, make_text_encoder, make_unet
-from lib_memnoise.miniature.checkpoint import Damaged, expand, install, manifest, pack, quantise, read, restore
-from lib_memnoise.miniature.clip import CLIP_END, CLIP_START, CLIP_TOKENS
-from lib_memnoise.miniature.detector import LABELS, Detector, targets
-from lib_memnoise.miniature.model import Miniature, load_miniature
-from lib_memnoise.miniature.networks import attend
-from lib_memnoise.miniature.text import (
+from lib_memnoise.lab.miniature import MANIFEST, WEIGHTS, OneSentence, checkpoint, clip, scenes, train
+from lib_memnoise.lab.miniature.architecture import make_autoencoder, make_text_encoder, make_unet
+from lib_memnoise.lab.miniature.checkpoint import Damaged, expand, install, manifest, pack, quantise, read, restore
+from lib_memnoise.lab.miniature.clip import CLIP_END, CLIP_START, CLIP_TOKENS
+from lib_memnoise.lab.miniature.detector import LABELS, Detector, targets
+from lib_memnoise.lab.miniature.model import Miniature, load_miniature
+from lib_memnoise.lab.miniature.networks import attend
+from lib_memnoise.lab.miniature.text import (
     END,
     LENGTH,
     SPECIAL,
@@ -34,8 +34,8 @@ from lib_memnoise.miniature.text import (
     tokenize,
     vocabulary,
 )
-from lib_memnoise.miniature.validation import validate
-from lib_memnoise.miniature.yardsticks import COPIED
+from lib_memnoise.lab.miniature.validation import validate
+from lib_memnoise.lab.miniature.yardsticks import COPIED
 
 # Captions
 

@@ -156,8 +156,8 @@ def test_half_precision_network_keeps_a_float32_latent() -> None:
 
 def test_half_precision_unet() -> None:
     """A real U-Net in float16: gradients survive where those of single elements are below its smallest numbers."""
-    from lib_memnoise.lab.study import subjects
-    from lib_memnoise.miniature.model import load_miniature
+    from lib_memnoise.lab.experiment import subjects
+    from lib_memnoise.lab.miniature.model import load_miniature
 
     model = load_miniature()
     caption = subjects(memorised=True, held_out=False)[0].caption

@@ -17,7 +17,7 @@ from on_device.precision import exact
 from on_device.run import Run
 
 if TYPE_CHECKING:
-    from lib_memnoise.lab.study import Batch, Images
+    from lib_memnoise.lab.experiment import Batch, Images
 
 PACKAGES = ("safetensors", "PIL")
 IMAGES = 4
@@ -31,12 +31,12 @@ def measure(run: Run) -> None:
     if missing:
         run.skip("miniature", "the demo", f"{' and '.join(missing)} not installed")
         return
-    from lib_memnoise.lab import study
+    from lib_memnoise.lab import experiment
     from lib_memnoise.lab.comparison import COMPARED
-    from lib_memnoise.lab.workers import Workers
-    from lib_memnoise.miniature.model import load_miniature
+    from lib_memnoise.lab.miniature.model import load_miniature
+    from lib_memnoise.lab.processes import Workers
 
-    chosen = study.subjects(memorised=True, held_out=True)
+    chosen = experiment.subjects(memorised=True, held_out=True)
     images, methods, processes = IMAGES, dict(COMPARED), max(1, (os.cpu_count() or 1) - 2)
     if run.small:
         chosen, images, methods, processes = chosen[:1], 1, {name: COMPARED[name] for name in ("none", "batch-wise")}, 1
@@ -45,7 +45,7 @@ def measure(run: Run) -> None:
     with one_thread(), Workers(load_miniature(), processes) as workers:
         # Meanwhile, the GPU is asked from this process.
         waiting = {
-            name: [workers.submit(study.part, batch) for batch in batches(run, chosen, images, settings, BATCH)]
+            name: [workers.submit(experiment.part, batch) for batch in batches(run, chosen, images, settings, BATCH)]
             for name, settings in methods.items()
         }
         here: dict[torch.dtype, dict[str, Images]] = {}
@@ -53,11 +53,11 @@ def measure(run: Run) -> None:
             model = load_miniature().to(run.device, dtype)
             with exact():
                 here[dtype] = {
-                    name: study.collected(
+                    name: experiment.collected(
                         chosen,
                         images,
                         [
-                            study.part(model, batch)
+                            experiment.part(model, batch)
                             for batch in batches(run, chosen, images, settings, len(chosen) * images)
                         ],
                     )
@@ -65,7 +65,7 @@ def measure(run: Run) -> None:
                 }
             run.say(f"the miniature in {dtype}: {time.perf_counter() - began:.1f} s since the part began")
         reference = {
-            name: study.collected(chosen, images, [future.result() for future in futures])
+            name: experiment.collected(chosen, images, [future.result() for future in futures])
             for name, futures in waiting.items()
         }
     run.say(f"the CPU's {processes} process(es): {time.perf_counter() - began:.1f} s since the part began")
@@ -91,14 +91,14 @@ def one_thread() -> Iterator[None]:
 
 
 def batches(run: Run, chosen: Any, images: int, settings: Any, size: int) -> list[Batch]:
-    from lib_memnoise.lab import study
+    from lib_memnoise.lab import experiment
 
     every = [(s, i) for s in range(len(chosen)) for i in range(images)]
-    steps = 5 if run.small else study.STEPS
+    steps = 5 if run.small else experiment.STEPS
     return [
-        study.Batch(
+        experiment.Batch(
             tuple(chosen[s] for s, _ in part),
-            tuple(study.seed_of(s, i, 0) for s, i in part),
+            tuple(experiment.seed_of(s, i, 0) for s, i in part),
             settings,
             "DDIM",
             steps,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, magnitude, per_image, working_precision
 from lib_memnoise.core.guidance import Start, make_start
-from lib_memnoise.lab import bench
+from lib_memnoise.lab import simulator
 from lib_memnoise.lab.sampling import ddim_timesteps, follow
 from lib_memnoise.methods import batch_wise
 from lib_memnoise.methods.pipeline import Initial, Outcome, run
@@ -129,13 +129,13 @@ class Made:
     outcome: Outcome | None
 
 
-def first_delta(model: Model) -> bench.FirstDelta:
+def first_delta(model: Model) -> simulator.FirstDelta:
     """Δ at DDIM's first timestep of the model's prompts, with rows counted and answers kept for the sampler."""
     batch = len(model.cond)
     count = torch.zeros(batch, dtype=torch.long)
     asked = cast(Any, model)
-    network = bench.Network(asked, model.cond, model.uncond, torch.arange(batch), count, count.clone(), {})
-    return bench.FirstDelta(network, "DDIM", STEPS)
+    network = simulator.Network(asked, model.cond, model.uncond, torch.arange(batch), count, count.clone(), {})
+    return simulator.FirstDelta(network, "DDIM", STEPS)
 
 
 def generate(model: Model, x: Tensor, method: Method, *, work: int | None = None, calls: int = CALLS) -> Made:
@@ -147,12 +147,12 @@ def generate(model: Model, x: Tensor, method: Method, *, work: int | None = None
             outcome = method.way(x, delta, Initial("eps"), method.work if work is None else work)
         adjusted = outcome.x
     starts = [make_start(BATCH_WISE.resolved("sd1"), 981.0) if method.late else Start() for _ in range(len(x))]
-    guided = bench.Guided(delta.network, starts)
+    guided = simulator.Guided(delta.network, starts)
     latents = follow(guided, adjusted, ddim_timesteps(STEPS)[: calls + 1])
     return Made(latents, adjusted, delta.network.forward.tolist(), delta.network.backward.tolist(), outcome)
 
 
 def guided_calls(model: Model, x: Tensor, calls: int) -> None:
     """Calls of the sampler with guidance on, from where every method has it on."""
-    guided = bench.Guided(first_delta(model).network, [Start() for _ in range(len(x))])
+    guided = simulator.Guided(first_delta(model).network, [Start() for _ in range(len(x))])
     follow(guided, x, ddim_timesteps(STEPS)[6 : 6 + calls + 1])

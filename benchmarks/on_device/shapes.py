@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib_memnoise.core.delta import magnitude
-from lib_memnoise.miniature import networks
+from lib_memnoise.lab.miniature import networks
 
 TOKENS = 77
 REFERENCE = 16384

@@ -15,13 +15,13 @@ from scipy import stats
 from torch import Tensor
 
 from lib_memnoise.core.delta import magnitude
-from lib_memnoise.lab.bench import PER_SAMPLE, STEPS, noises
-from lib_memnoise.lab.records import aligned, in_markdown, markdown
-from lib_memnoise.lab.study import Images, Subject, begin, first_predictions, record, seed_of, subjects
-from lib_memnoise.lab.workers import Workers
-from lib_memnoise.miniature.model import Miniature
-from lib_memnoise.miniature.scenes import ordinary_caption, validation_scenes
-from lib_memnoise.miniature.text import words
+from lib_memnoise.lab.experiment import Images, Subject, begin, first_predictions, record, seed_of, subjects
+from lib_memnoise.lab.miniature.model import Miniature
+from lib_memnoise.lab.miniature.scenes import ordinary_caption, validation_scenes
+from lib_memnoise.lab.miniature.text import words
+from lib_memnoise.lab.processes import Workers
+from lib_memnoise.lab.simulator import PER_SAMPLE, STEPS, noises
+from lib_memnoise.lab.text_table import aligned, in_markdown, markdown
 from lib_memnoise.settings import Settings
 
 TAUS = (940.0, 900.0, 860.0, 820.0, 780.0, 740.0, 700.0, 660.0)

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lib_memnoise.lab.bench import PER_SAMPLE
-from lib_memnoise.lab.records import aligned, markdown
-from lib_memnoise.lab.study import Images, Subject, begin, record, subjects
-from lib_memnoise.lab.workers import Workers
-from lib_memnoise.miniature.model import Miniature
-from lib_memnoise.miniature.scenes import COLOURS, OBJECTS
-from lib_memnoise.miniature.text import words
-from lib_memnoise.miniature.yardsticks import COPIED
+from lib_memnoise.lab.experiment import Images, Subject, begin, record, subjects
+from lib_memnoise.lab.miniature.model import Miniature
+from lib_memnoise.lab.miniature.scenes import COLOURS, OBJECTS
+from lib_memnoise.lab.miniature.text import words
+from lib_memnoise.lab.miniature.yardsticks import COPIED
+from lib_memnoise.lab.processes import Workers
+from lib_memnoise.lab.simulator import PER_SAMPLE
+from lib_memnoise.lab.text_table import aligned, markdown
 from lib_memnoise.settings import Settings
 
 COMPARED: dict[str, Settings] = {

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from lib_memnoise.core.calibration import Calibration, Key
 from lib_memnoise.core.delta import magnitude
-from lib_memnoise.lab.bench import generate, noises
 from lib_memnoise.lab.claims import NONE, RESAMPLES, auc, interval, ordinary_subjects
-from lib_memnoise.lab.study import Subject, first_predictions, seed_of, subjects
-from lib_memnoise.miniature.model import Miniature
+from lib_memnoise.lab.experiment import Subject, first_predictions, seed_of, subjects
+from lib_memnoise.lab.miniature.model import Miniature
+from lib_memnoise.lab.simulator import generate, noises
 from lib_memnoise.settings import Settings, size_factor
 
 RATE = 0.01

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from lib_memnoise.lab.bench import generate, noises
-from lib_memnoise.lab.study import subjects
-from lib_memnoise.miniature.checkpoint import NAMES, install, shipped
-from lib_memnoise.miniature.model import load_miniature, to_images
+from lib_memnoise.lab.experiment import subjects
+from lib_memnoise.lab.miniature.checkpoint import NAMES, install, shipped
+from lib_memnoise.lab.miniature.model import load_miniature, to_images
+from lib_memnoise.lab.simulator import generate, noises
 from lib_memnoise.settings import from_mapping
 from tests.contract.conftest import close
 from tests.hosts import webui

@@ -200,7 +200,7 @@ def write_clip(folder: Path) -> Path:
     import open_clip
 
     sys.path.append(str(Path(__file__).resolve().parents[2]))
-    from lib_memnoise.miniature.clip import clip_files
+    from lib_memnoise.lab.miniature.clip import clip_files
 
     sizes = {
         "hidden_size": TEXT_WIDTH,

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from lib_memnoise.lab.evaluation.making import ATTEMPTS, MOST_ASIDE, Maker, Told, Unanswered, retrying
+from lib_memnoise.lab.evaluation.dispatch import ATTEMPTS, MOST_ASIDE, Maker, Told, Unanswered, retrying
 from lib_memnoise.lab.evaluation.plan import Request, Unit
 from lib_memnoise.lab.evaluation.run import Made
-from lib_memnoise.miniature import OneSentence
+from lib_memnoise.lab.miniature import OneSentence
 
 URL = "MEMNOISE_URL"
 """A worker's environment: where it finds its WebUI, if not where all others do."""
@@ -28,7 +28,7 @@ LOOK = 5.0
 @functools.lru_cache(maxsize=1)
 def maker_of(kind: str, url: str, auth: str | None) -> Maker:
     """This worker's maker, made once."""
-    from lib_memnoise.lab.evaluation.makers import MiniatureMaker, WebUIMaker
+    from lib_memnoise.lab.evaluation.generators import MiniatureMaker, WebUIMaker
 
     return MiniatureMaker(kind) if not url else WebUIMaker(os.environ.get(URL, url), auth)
 

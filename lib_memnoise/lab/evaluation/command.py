@@ -12,13 +12,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lib_memnoise.lab.evaluation import cluster, making, metrics
-from lib_memnoise.lab.evaluation.makers import MiniatureMaker, WebUIMaker
+from lib_memnoise.lab.evaluation import cluster, dispatch, metrics
+from lib_memnoise.lab.evaluation.generators import MiniatureMaker, WebUIMaker
 from lib_memnoise.lab.evaluation.plan import BadPlan, Plan, curve_of, document, make
 from lib_memnoise.lab.evaluation.prompts import MINIATURE
 from lib_memnoise.lab.evaluation.report import comparison, comparison_text, plain, report, text
 from lib_memnoise.lab.evaluation.run import PLAN, BadRun, Run
-from lib_memnoise.miniature import OneSentence
+from lib_memnoise.lab.miniature import OneSentence
 
 _GIVEN = (
     "prompts", "ground_truth", "first", "images", "batch", "seed", "sampler", "scheduler", "steps", "cfg", "width",
@@ -107,10 +107,10 @@ def _say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def generate(run: Run, arguments: Namespace) -> making.Told:
+def generate(run: Run, arguments: Namespace) -> dispatch.Told:
     """Make what is missing of a run."""
     if run.done == run.plan.total:
-        return making.Told()
+        return dispatch.Told()
     units = run.missing(run.plan.batch)
     urls = arguments.url or []
     with tqdm(total=run.plan.total, initial=run.done, unit=" images", smoothing=0.05) as bar:
@@ -125,7 +125,7 @@ def generate(run: Run, arguments: Namespace) -> making.Told:
                 arguments.dask, units, run.plan.request, keep, run.made_by,
                 kind=arguments.variant, url=url, auth=arguments.auth, say=_say,
             )  # fmt: skip
-        makers: list[making.Maker] = []
+        makers: list[dispatch.Maker] = []
         if urls:
             makers += [WebUIMaker(url, arguments.auth, arguments.timeout) for url in dict.fromkeys(urls)]
         else:
@@ -134,7 +134,7 @@ def generate(run: Run, arguments: Namespace) -> making.Told:
             # Its layers are too small to be divided among threads.
             torch.set_num_threads(1)
             makers += [MiniatureMaker(arguments.variant) for _ in range(arguments.threads)]
-        return making.make(makers, units, run.plan.request, keep, run.made_by, patience=arguments.attempts, say=_say)
+        return dispatch.make(makers, units, run.plan.request, keep, run.made_by, patience=arguments.attempts, say=_say)
 
 
 def measured(run: Run, arguments: Namespace) -> dict[str, str]:

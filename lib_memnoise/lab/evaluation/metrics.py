@@ -87,7 +87,7 @@ def training_picture(name: str) -> Image.Image:
         OSError: it cannot be read.
     """
     if name.startswith(f"{MINIATURE}:"):
-        from lib_memnoise.lab.study import references as memorised
+        from lib_memnoise.lab.experiment import references as memorised
 
         return Image.fromarray(memorised()[int(name.partition(":")[2])])
     with Image.open(name) as picture:
@@ -307,7 +307,7 @@ class Alignment:
     source = "the miniature's detector"
 
     def __init__(self, _: Options) -> None:
-        from lib_memnoise.miniature.model import load_miniature
+        from lib_memnoise.lab.miniature.model import load_miniature
 
         self._model = load_miniature()
 

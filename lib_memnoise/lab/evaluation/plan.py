@@ -13,7 +13,7 @@ import jsonschema
 import yaml
 
 from lib_memnoise.lab.evaluation.prompts import Prompt, read, training_pictures
-from lib_memnoise.miniature import OneSentence
+from lib_memnoise.lab.miniature import OneSentence
 from lib_memnoise.settings import SettingError, from_mapping, from_text, used_settings
 
 PLANS = Path(__file__).parent / "plans"

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib_memnoise.miniature import OneSentence
+from lib_memnoise.lab.miniature import OneSentence
 
 if TYPE_CHECKING:
-    from lib_memnoise.miniature import scenes
+    from lib_memnoise.lab.miniature import scenes
 
 MINIATURE = "miniature"
 """Instead of a file: the miniature's held-out memorised captions."""
@@ -155,7 +155,7 @@ def _with_ground_truth(prompt: Prompt, folder: Path) -> Prompt:
 
 
 def _memorised() -> list[scenes.Prompt]:
-    from lib_memnoise.miniature.scenes import prompts
+    from lib_memnoise.lab.miniature.scenes import prompts
 
     return [prompt for prompt in prompts() if prompt.memorised]
 

@@ -25,7 +25,7 @@ from lib_memnoise import __version__
 from lib_memnoise.core.files import replacing
 from lib_memnoise.lab.evaluation.plan import Plan, Unit, chunks, make
 from lib_memnoise.lab.evaluation.prompts import Prompt
-from lib_memnoise.miniature import OneSentence
+from lib_memnoise.lab.miniature import OneSentence
 
 PLAN, PROMPTS, SOURCE, DATABASE, LOCK = "plan.json", "prompts.jsonl", "source.json", "records.sqlite", "lock"
 REFERENCES = "references.json"

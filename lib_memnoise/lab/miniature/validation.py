@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib_memnoise.core.similarity import similarity
-from lib_memnoise.miniature.detector import LABELS, targets
-from lib_memnoise.miniature.model import Miniature, load_miniature, to_pictures
-from lib_memnoise.miniature.scenes import Scene, draw, prompts, validation_scenes
-from lib_memnoise.miniature.yardsticks import COPIED
+from lib_memnoise.lab.miniature.detector import LABELS, targets
+from lib_memnoise.lab.miniature.model import Miniature, load_miniature, to_pictures
+from lib_memnoise.lab.miniature.scenes import Scene, draw, prompts, validation_scenes
+from lib_memnoise.lab.miniature.yardsticks import COPIED
 
 OTHERS = 1000
 

@@ -30,14 +30,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lib_memnoise.core.files import replacing
+from lib_memnoise.lab.miniature import WEIGHTS, scenes
+from lib_memnoise.lab.miniature.architecture import SNR_SCALE, make_autoencoder, make_text_encoder, make_unet
+from lib_memnoise.lab.miniature.checkpoint import VARIANTS, pack
+from lib_memnoise.lab.miniature.detector import Detector, targets
+from lib_memnoise.lab.miniature.model import to_images, to_pictures
+from lib_memnoise.lab.miniature.networks import Autoencoder
+from lib_memnoise.lab.miniature.text import END, LENGTH, SPECIAL, START, UNKNOWN, token_ids, vocabulary
 from lib_memnoise.lab.sampling import ALPHAS_CUMPROD
-from lib_memnoise.miniature import WEIGHTS, scenes
-from lib_memnoise.miniature.architecture import SNR_SCALE, make_autoencoder, make_text_encoder, make_unet
-from lib_memnoise.miniature.checkpoint import VARIANTS, pack
-from lib_memnoise.miniature.detector import Detector, targets
-from lib_memnoise.miniature.model import to_images, to_pictures
-from lib_memnoise.miniature.networks import Autoencoder
-from lib_memnoise.miniature.text import END, LENGTH, SPECIAL, START, UNKNOWN, token_ids, vocabulary
 
 KL_WEIGHT, MEAN_WEIGHT = 3e-3, 0.1
 

@@ -13,7 +13,7 @@ import tenacity
 
 from lib_memnoise.lab.evaluation.plan import Request, Unit
 from lib_memnoise.lab.evaluation.run import Made
-from lib_memnoise.miniature import OneSentence
+from lib_memnoise.lab.miniature import OneSentence
 
 ATTEMPTS = 4
 """Of one unit that is answered with errors, before it is set aside."""

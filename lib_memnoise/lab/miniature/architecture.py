@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lib_memnoise.miniature.networks import Autoencoder, TextEncoder, UNet
-from lib_memnoise.miniature.text import LENGTH
+from lib_memnoise.lab.miniature.networks import Autoencoder, TextEncoder, UNet
+from lib_memnoise.lab.miniature.text import LENGTH
 
 LATENT = 16
 """Width and height of a latent."""

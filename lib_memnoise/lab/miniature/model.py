@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lib_memnoise.miniature import WEIGHTS
-from lib_memnoise.miniature.architecture import make_autoencoder, make_text_encoder, make_unet
-from lib_memnoise.miniature.checkpoint import TABLE, manifest, read, under
-from lib_memnoise.miniature.detector import LABELS, Detector
-from lib_memnoise.miniature.networks import Autoencoder, TextEncoder, UNet
-from lib_memnoise.miniature.text import token_ids
+from lib_memnoise.lab.miniature import WEIGHTS
+from lib_memnoise.lab.miniature.architecture import make_autoencoder, make_text_encoder, make_unet
+from lib_memnoise.lab.miniature.checkpoint import TABLE, manifest, read, under
+from lib_memnoise.lab.miniature.detector import LABELS, Detector
+from lib_memnoise.lab.miniature.networks import Autoencoder, TextEncoder, UNet
+from lib_memnoise.lab.miniature.text import token_ids
 
 
 @dataclass(frozen=True)

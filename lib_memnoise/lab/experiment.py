@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import norm_ratio
 from lib_memnoise.core.similarity import thumbnails
-from lib_memnoise.lab.bench import PRESETS, STEPS, generate, make_network, noises
+from lib_memnoise.lab.miniature.model import Miniature, to_pictures
+from lib_memnoise.lab.miniature.scenes import Prompt, draw, prompts
+from lib_memnoise.lab.miniature.yardsticks import COPIED
+from lib_memnoise.lab.processes import Workers
 from lib_memnoise.lab.samplers import SAMPLERS
-from lib_memnoise.lab.workers import Workers
-from lib_memnoise.miniature.model import Miniature, to_pictures
-from lib_memnoise.miniature.scenes import Prompt, draw, prompts
-from lib_memnoise.miniature.yardsticks import COPIED
+from lib_memnoise.lab.simulator import PRESETS, STEPS, generate, make_network, noises
 from lib_memnoise.settings import Settings, used_settings
 
 BATCH = 32

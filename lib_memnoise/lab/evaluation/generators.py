@@ -15,11 +15,11 @@ from typing import Any
 from PIL import Image
 
 from lib_memnoise import __version__
-from lib_memnoise.client import NoAnswer, NotNow, NotThere, WebUI
-from lib_memnoise.lab.evaluation.making import Refused, Unanswered
+from lib_memnoise.lab.client import NoAnswer, NotNow, NotThere, WebUI
+from lib_memnoise.lab.evaluation.dispatch import Refused, Unanswered
 from lib_memnoise.lab.evaluation.plan import Request
 from lib_memnoise.lab.evaluation.run import Made, Record, packed
-from lib_memnoise.miniature import OneSentence
+from lib_memnoise.lab.miniature import OneSentence
 from lib_memnoise.settings import INFOTEXT
 
 _PARAMETER = re.compile(r'\s*([\w /-]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
@@ -219,13 +219,13 @@ class MiniatureMaker:
     in_process = True
 
     def __init__(self, variant: str = "eps") -> None:
-        from lib_memnoise.miniature.model import load_miniature
+        from lib_memnoise.lab.miniature.model import load_miniature
 
         self._model = load_miniature(variant)
 
     def source(self) -> dict[str, Any]:
         """The miniature's weights, by their checksum."""
-        from lib_memnoise.miniature.checkpoint import manifest
+        from lib_memnoise.lab.miniature.checkpoint import manifest
 
         variant = self._model.parameterization
         return {
@@ -237,9 +237,9 @@ class MiniatureMaker:
         }
 
     def __call__(self, request: Request) -> list[Made]:
-        from lib_memnoise.lab.bench import generate, noises
+        from lib_memnoise.lab.miniature.model import to_images
         from lib_memnoise.lab.samplers import SAMPLERS
-        from lib_memnoise.miniature.model import to_images
+        from lib_memnoise.lab.simulator import generate, noises
         from lib_memnoise.settings import Settings, from_mapping
 
         if request.sampler not in SAMPLERS:

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from lib_memnoise.miniature import OneSentence
+from lib_memnoise.lab.miniature import OneSentence
 
 CLIP_TOKENS = 49408
 CLIP_START, CLIP_END = 49406, 49407

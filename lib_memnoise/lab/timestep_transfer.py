@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from lib_memnoise.core.calibration import unit
 from lib_memnoise.core.calibration_store import serves
 from lib_memnoise.core.delta import magnitude
-from lib_memnoise.lab.bench import make_network, noises
 from lib_memnoise.lab.claims import ordinary_subjects
 from lib_memnoise.lab.detection import RATE
+from lib_memnoise.lab.experiment import BATCH, seed_of
+from lib_memnoise.lab.miniature.model import Miniature
 from lib_memnoise.lab.sampling import alpha_bar
-from lib_memnoise.lab.study import BATCH, seed_of
-from lib_memnoise.miniature.model import Miniature
+from lib_memnoise.lab.simulator import make_network, noises
 
 TIMESTEPS = (999, 981, 951, 926, 901, 876, 851, 801, 741, 681)
 """999: samplers in sigmas. 981, 951, 901, 876: DDIM with 50, 20, 10, 8 steps."""

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from lib_memnoise.miniature.scenes import COLOURS, OBJECTS, Scene
+from lib_memnoise.lab.miniature.scenes import COLOURS, OBJECTS, Scene
 
 LABELS = (*OBJECTS, *COLOURS)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib_memnoise.miniature import OneSentence
-from lib_memnoise.miniature.clip import CLIP_END, CLIP_START
+from lib_memnoise.lab.miniature import OneSentence
+from lib_memnoise.lab.miniature.clip import CLIP_END, CLIP_START
 
 LENGTH = 77
 START, END, UNKNOWN = 0, 1, 2

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, magnitude
 from lib_memnoise.core.guidance import Start, make_start
+from lib_memnoise.lab.miniature.architecture import SHAPE
+from lib_memnoise.lab.miniature.text import END, UNKNOWN, token_ids, vocabulary, words
 from lib_memnoise.lab.samplers import SAMPLERS
 from lib_memnoise.lab.sampling import alpha_bar
 from lib_memnoise.methods.pipeline import Initial, Outcome, Prompt, Scored, choose, run, run_some
-from lib_memnoise.miniature.architecture import SHAPE
-from lib_memnoise.miniature.text import END, UNKNOWN, token_ids, vocabulary, words
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.cross_attention import PLAIN, Row, scaled
 
 if TYPE_CHECKING:
-    from lib_memnoise.miniature.model import Miniature
+    from lib_memnoise.lab.miniature.model import Miniature
 
 CFG = 7.0
 STEPS = 50

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lib_memnoise.lab.comparison import STATEMENT, Comparison, explanation
-from lib_memnoise.lab.records import cells
-from lib_memnoise.lab.study import references
-from lib_memnoise.miniature.model import to_images
-from lib_memnoise.miniature.yardsticks import COPIED
+from lib_memnoise.lab.experiment import references
+from lib_memnoise.lab.miniature.model import to_images
+from lib_memnoise.lab.miniature.yardsticks import COPIED
+from lib_memnoise.lab.text_table import cells
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222; }

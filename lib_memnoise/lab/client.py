@@ -6,7 +6,7 @@ from typing import Any
 
 import requests
 
-from lib_memnoise.miniature import OneSentence
+from lib_memnoise.lab.miniature import OneSentence
 
 PATIENCE = 10.0, 24 * 3600.0
 """Seconds to connect, and to wait for an answer: the WebUI may be busy with other people's pictures."""

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from lib_memnoise.miniature import OneSentence
-from lib_memnoise.miniature.model import Miniature, load_miniature
+from lib_memnoise.lab.miniature import OneSentence
+from lib_memnoise.lab.miniature.model import Miniature, load_miniature
 
 Result = TypeVar("Result")
 

@@ -18,10 +18,10 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from lib_memnoise.core.files import replacing
-from lib_memnoise.miniature import MANIFEST, WEIGHTS, OneSentence
-from lib_memnoise.miniature.architecture import AUTOENCODER, LINEAR_END, LINEAR_START, TEXT, UNET
-from lib_memnoise.miniature.clip import CLIP_TOKENS, clip_files, find_merges
-from lib_memnoise.miniature.text import UNKNOWN, clip_ids
+from lib_memnoise.lab.miniature import MANIFEST, WEIGHTS, OneSentence
+from lib_memnoise.lab.miniature.architecture import AUTOENCODER, LINEAR_END, LINEAR_START, TEXT, UNET
+from lib_memnoise.lab.miniature.clip import CLIP_TOKENS, clip_files, find_merges
+from lib_memnoise.lab.miniature.text import UNKNOWN, clip_ids
 
 VARIANTS = ("eps", "v")
 NAMES = {"eps": "memnoise-miniature", "v": "memnoise-miniature-v"}
