@@ -9,6 +9,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
+class Interrupted(Exception):
+    """The user asked to interrupt or skip."""
+
+
+class Unsupported(RuntimeError):
+    """What memnoise cannot work with, in one sentence."""
+
+
+class NotCalibrated(Unsupported):
+    """A generation depends on a calibration that does not exist."""
+
+
 class SettingError(ValueError):
     """A setting that cannot be used. The message is one sentence: name, value and what would be right."""
 

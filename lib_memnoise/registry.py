@@ -99,3 +99,6 @@ METHODS: dict[str, Method] = {
         guidance="first",
     ),
 }
+
+USUAL = ("none", "static", "batch_wise", "per_sample")
+"""The methods that are compared unless others are asked for."""

@@ -12,7 +12,7 @@ else:
 
     class Memnoise(scripts.Script):
         def title(self):
-            return xyz_axes.TITLE
+            return request.TITLE
 
         def show(self, is_img2img):
             if not hasattr(self, "page"):  # the host asks more than once, and of both tabs

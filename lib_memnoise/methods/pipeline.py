@@ -236,17 +236,17 @@ class Scored:
         )
 
 
-Way = Callable[[Tensor, Delta, Initial], Outcome]
-"""`run` with its settings, or another that mitigates all of what it is given."""
+Runner = Callable[[Tensor, Delta, Initial], Outcome]
+"""`run` with its settings, or another that mitigates everything it is given."""
 
 
-def run_some(images: Sequence[int], x: Tensor, delta: Delta, initial: Initial, way: Way) -> Outcome:
+def run_some(images: Sequence[int], x: Tensor, delta: Delta, initial: Initial, runner: Runner) -> Outcome:
     """Mitigate these images of a batch and leave the others as they are."""
     images = list(images)
     outcome = Outcome(working_precision(x))
     if not images:
         return outcome
-    part = way(x[images], select(delta, images), initial.select(images))
+    part = runner(x[images], select(delta, images), initial.select(images))
     outcome.x[images] = part.x
     for name in ("before", "after", "steps", "norm"):
         values = getattr(part, name)
@@ -259,6 +259,62 @@ def run_some(images: Sequence[int], x: Tensor, delta: Delta, initial: Initial, w
     outcome.failed = {images[i]: reason for i, reason in part.failed.items()}
     outcome.prompts = {images[i]: prompt for i, prompt in part.prompts.items()}
     return outcome
+
+
+@dataclass
+class Mitigated:
+    """What became of a batch."""
+
+    outcome: Outcome
+    images: list[int]
+    """The images that were mitigated; the others are as they were."""
+    choice: Choice | None
+    """The scores by which they were chosen; None: nothing was scored first."""
+
+
+def is_measured_first(settings: Settings) -> bool:
+    """Whether Δ(x_T, T) is evaluated for itself, before anything is adjusted."""
+    return settings.when == "flagged" or only_measures(settings)
+
+
+def mitigate(
+    x: Tensor,
+    delta: Delta,
+    settings: Settings,
+    context: Initial,
+    *,
+    images: Sequence[int] | None = None,
+    with_gradient: Runner | None = None,
+    on_choice: Callable[[Choice | None, list[int]], object] = lambda choice, images: None,
+) -> Mitigated:
+    """Score the images if that is asked for, choose by it, and adjust the chosen ones: what every front end calls.
+
+    Args:
+        x: initial latents x_T, `(B, C, H, W)`, unit variance.
+        delta: Δ(x, T); see the methods' own `adjust` for what they ask of it.
+        settings: resolved settings (`Settings.resolved`).
+        images: the images in question; None: all.
+        with_gradient: runs a method that needs gradients; None: `run`.
+        on_choice: told of the choice and of the images to be mitigated, before anything is adjusted.
+    """
+    images = list(range(len(x)) if images is None else images)
+    choice = None
+    if is_measured_first(settings) and images:
+        choice = choose(x, delta, settings, context)
+        images = [i for i in images if i in choice.images]
+    on_choice(choice, images)
+
+    def runner(x: Tensor, delta: Delta, context: Initial) -> Outcome:
+        return run(x, delta, settings, context)
+
+    if METHODS[settings.method].needs_gradient and not only_measures(settings):
+        # With a gradient, what is known of the score is of no use.
+        asked, chosen = delta, with_gradient or runner
+    else:
+        asked, chosen = delta if choice is None else Scored(delta, choice.known), runner
+    every = len(images) == len(x)
+    outcome = chosen(x, asked, context) if every else run_some(images, x, asked, context, chosen)
+    return Mitigated(outcome, images, choice)
 
 
 def run_each(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:

@@ -1,15 +1,19 @@
-"""Rows of the conditions that the host holds."""
+"""Rows of the conditions that a host holds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modules import prompt_parser
+import torch
 from torch import Tensor
 
 Cond = Any
 """A condition as the host holds it: a tensor `(rows, tokens, width)`, or a dict of tensors (SDXL)."""
+Conditions = dict[str, Any]
+"""What the network is given besides latents and time, one row for each row of latents."""
+CHUNK = 77
+"""A prompt is encoded in chunks of this many tokens, each with a start and an end token of its own."""
 
 
 def select_rows(value: Any, rows: Sequence[int]) -> Any:
@@ -18,7 +22,66 @@ def select_rows(value: Any, rows: Sequence[int]) -> Any:
         return value[list(rows)]
     if isinstance(value, Mapping):
         selected = {key: select_rows(entry, rows) for key, entry in value.items()}
-        return prompt_parser.DictWithShape(selected) if hasattr(value, "shape") else selected
+        return like(value, selected) if hasattr(value, "shape") else selected
     if isinstance(value, list):
         return [select_rows(entry, rows) for entry in value]
     return value
+
+
+def like(cond: Mapping[str, Tensor], values: dict[str, Tensor]) -> Cond:
+    """A dict of tensors in the host's own kind of dict, which has a shape."""
+    return type(cond)(values)  # type: ignore[call-arg]
+
+
+def vectors(cond: Cond) -> Tensor:
+    """`(rows, tokens, width)` of a condition."""
+    return cond["crossattn"] if isinstance(cond, dict) else cond
+
+
+def with_vectors(cond: Cond, values: Tensor) -> Cond:
+    """The condition with other vectors."""
+    return like(cond, {**cond, "crossattn": values}) if isinstance(cond, dict) else values
+
+
+def token_length(cond: Cond) -> int:
+    return int(cond.shape[1])
+
+
+def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> Conditions:
+    """One dict of conditions for the rows of two."""
+    return {
+        key: [torch.cat(pair) for pair in zip(value, second[key])]
+        if isinstance(value, list)
+        else torch.cat([value, second[key]])
+        for key, value in first.items()
+    }
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether nested lists and dicts of tensors are the same, to the bit."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, Mapping):
+        return (
+            isinstance(second, Mapping)
+            and first.keys() == second.keys()
+            and all(equal(value, second[key]) for key, value in first.items())
+        )
+    if isinstance(first, list):
+        return isinstance(second, list) and len(first) == len(second) and all(map(equal, first, second))
+    return bool(first == second)
+
+
+def detached(value: Any) -> Any:
+    """The same tensors, in nested lists and dicts, without their history."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, Mapping):
+        return {key: detached(entry) for key, entry in value.items()}
+    return [detached(entry) for entry in value] if isinstance(value, list) else value
+
+
+def cloned(cond: Cond) -> Cond:
+    if isinstance(cond, Mapping):
+        return like(cond, {key: value.clone() for key, value in cond.items()})
+    return None if cond is None else cond.clone()

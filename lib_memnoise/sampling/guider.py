@@ -8,23 +8,17 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lib_memnoise.core.guidance import Start, transition_point
 from lib_memnoise.core.report import ImageReport, TracePoint
+from lib_memnoise.sampling.backend import Backend
 from lib_memnoise.sampling.cond_rows import Cond, select_rows
-from lib_memnoise.sampling.delta_predictor import follows_negative
-from lib_memnoise.sampling.output_cache import Answers
+from lib_memnoise.sampling.output_cache import OutputCache
 from lib_memnoise.torch_utils.cross_attention import PLAIN, Row
-from lib_memnoise.webui.backends.backend import network
-from lib_memnoise.webui.conditioning import Hearing
-from lib_memnoise.webui.failures import fails
-
-GATE = "memnoise_gate"
-"""Attribute of a denoiser: its gate."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,51 @@ class Step:
         return [i for i, own in enumerate(self.weights) for _ in own] + list(range(len(self.weights)))
 
 
-class Gate(abc.ABC):
+class Override(Protocol):
+    """Other conditions than the host's own, for every step of a pass."""
+
+    def text_cond(self, denoiser: Any, cond: Cond) -> Cond:
+        """The prompts' rows of a step."""
+
+    def text_uncond(self, denoiser: Any, uncond: Cond) -> Cond:
+        """The unconditional rows of a step."""
+
+    def empty(self, empty: Cond, batch: int) -> Cond:
+        """The empty prompt's row for every image, from its one row."""
+
+    def rows(self, denoiser: Any) -> list[Row]:
+        """How the prompts' rows of a step are attended to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidancePlan:
+    """What one pass is to do with guidance, and what it is to note."""
+
+    reports: list[ImageReport]
+    starts: list[Start]
+    """When guidance starts, for each image."""
+    tracing: bool = False
+    """‖Δ‖ of every step is noted."""
+    exact: bool = False
+    """Rows are evaluated in the host's own batches, also together with images whose guidance is off."""
+    follows_negative: bool
+    """While guidance is off the host's own unconditional rows are followed, not those of the empty prompt."""
+    negative_is_empty: bool
+    """The host's unconditional rows are those of the empty prompt."""
+    empty: Callable[[], Cond]
+    override: Override | None = None
+    expected_t: float
+    """The timestep that the noise was adjusted for."""
+    cache: OutputCache
+    fail: Callable[[Exception], object]
+    """Told of a failure before it is raised."""
+    fail_instead: bool
+    """A failure fails the request; else the images come with guidance as it would be, and say so."""
+    looks_at_first: bool = False
+    """‖Δ‖ of the first step is noted even if nothing is traced."""
+
+
+class Guider(abc.ABC):
     """Answers for the network during one pass.
 
     Rows of a step are numbered: the prompts of every image, then the unconditional ones. `begin_step` is told of
@@ -59,39 +97,13 @@ class Gate(abc.ABC):
     Where ‖Δ‖ decides, or is traced, or with opposite guidance, the image's prompts are evaluated beside it.
     """
 
-    def __init__(
-        self,
-        p: Any,
-        denoiser: Any,
-        *,
-        reports: list[ImageReport],
-        starts: list[Start],
-        tracing: bool,
-        exact: bool,
-        reference: str,
-        empty: Callable[[], Cond],
-        hearing: Hearing | None = None,
-        expected_t: float,
-        answers: Answers,
-        fail_instead: bool,
-        looks_at_first: bool = False,
-    ) -> None:
-        """`exact`: rows are evaluated in the host's own batches also beside images with guidance off.
-
-        `looks_at_first`: ‖Δ‖ is read in the first step also if nothing is traced.
-        """
-        self.p = p
-        self.reports = reports
-        self.starts = starts
-        self.tracing = tracing
-        self.exact = exact
-        self.reference = reference
-        self.empty = empty
-        self.hearing = hearing
-        self.expected_t: float | None = expected_t
-        self.answers = answers
-        self.fail_instead = fail_instead
-        self.looks_at_first = looks_at_first
+    def __init__(self, backend: Backend, plan: GuidancePlan) -> None:
+        self.backend = backend
+        self.plan = plan
+        self.reports = plan.reports
+        self.starts = plan.starts
+        self.expected_t: float | None = plan.expected_t
+        self.cache = plan.cache
         self.steps = 0
         self.inner: Any = None
         self.retired = False
@@ -99,8 +111,6 @@ class Gate(abc.ABC):
         """Another extension asks for parts of rows, so that their native outputs are not known."""
         self.error: Exception | None = None
         self._clear()
-        remove(denoiser)
-        setattr(denoiser, GATE, self)  # where `on_cfg_denoiser` looks
 
     def _clear(self) -> None:
         """What belongs to one step of the host's denoiser."""
@@ -160,6 +170,10 @@ class Gate(abc.ABC):
         Outputs may be denoised images as well as noise: these are linear in one another.
         """
 
+    def padded(self, denoiser: Any, cond: Cond, uncond: Cond) -> tuple[Cond, Cond]:
+        """Both conditions, of equal lengths where this host evaluates them so."""
+        return cond, uncond
+
     # What all have in common
 
     def begin_step(self, params: Any) -> None:
@@ -169,12 +183,12 @@ class Gate(abc.ABC):
         self._clear()
         self.steps += 1
         if self.steps > 1:
-            self.answers.of_image.clear()
+            self.cache.of_image.clear()
         if self.error is not None:
             return
         try:
-            if self.hearing is not None:
-                self._hear(self.hearing, denoiser, params)
+            if self.plan.override is not None:
+                self._hear(self.plan.override, denoiser, params)
             self._plan(denoiser, params)
         except Exception as error:
             self._give_up(error)
@@ -183,17 +197,17 @@ class Gate(abc.ABC):
         """Go on with guidance as it would be without memnoise, and say so; or let `answer` fail the request."""
         self.error = error
         self._off, self._given, self._heard = set(), {}, []
-        what = "guidance could not be held back" if self.hearing is None else "the prompt could not be changed"
+        what = "guidance could not be held back" if self.plan.override is None else "the prompt could not be changed"
         for report in self.reports:
             if not report.left_alone:
                 report.failed = report.failed or f"{what}: {error}"
 
-    def _hear(self, hearing: Hearing, denoiser: Any, params: Any) -> None:
+    def _hear(self, override: Override, denoiser: Any, params: Any) -> None:
         """Other conditions for this step. The host takes them from here; its own objects are not touched."""
         params.text_cond, params.text_uncond, heard = (
-            hearing.text_cond(denoiser, params.text_cond),
-            hearing.text_uncond(denoiser, params.text_uncond),
-            hearing.rows(denoiser),
+            override.text_cond(denoiser, params.text_cond),
+            override.text_uncond(denoiser, params.text_uncond),
+            override.rows(denoiser),
         )
         self._heard = heard if any(row != PLAIN for row in heard) else []
 
@@ -224,17 +238,18 @@ class Gate(abc.ABC):
 
     def _conditions(self, denoiser: Any, params: Any, batch: int) -> tuple[Cond, Cond]:
         """The prompts as the host evaluates them, and what is followed while guidance is off."""
-        padded = network().padded
-        if follows_negative(self.p, self.reference) and params.text_uncond is not None:
-            return padded(denoiser, params.text_cond, params.text_uncond)
+        if self.plan.follows_negative and params.text_uncond is not None:
+            return self.padded(denoiser, params.text_cond, params.text_uncond)
         cond = (
             params.text_cond
             if params.text_uncond is None
-            else padded(denoiser, params.text_cond, params.text_uncond)[0]
+            else self.padded(denoiser, params.text_cond, params.text_uncond)[0]
         )
-        empty = self.empty()
-        empty = select_rows(empty, [0] * batch) if self.hearing is None else self.hearing.empty(empty, batch)
-        return cond, padded(denoiser, params.text_cond, empty)[1]
+        empty = self.plan.empty()
+        empty = (
+            select_rows(empty, [0] * batch) if self.plan.override is None else self.plan.override.empty(empty, batch)
+        )
+        return cond, self.padded(denoiser, params.text_cond, empty)[1]
 
     def answer(self, rows: list[int], x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         """What these rows of the step come to; `kwargs` are what the host gives the network beside."""
@@ -242,8 +257,8 @@ class Gate(abc.ABC):
         owners = [] if step is None else [step.owners[row] for row in rows if row < len(step.owners)]
         if self._off and (step is None or len(owners) != x.shape[0] or not torch.equal(x, step.latents[owners])):
             self._give_up(RuntimeError("another extension changed the batch"))
-        if self.error is not None and self.fail_instead:
-            fails(self.p, self.error)
+        if self.error is not None and self.plan.fail_instead:
+            self.plan.fail(self.error)
             raise self.error
         images = sorted(self._off.intersection(owners).difference(self._decided))
         if images:
@@ -252,7 +267,7 @@ class Gate(abc.ABC):
         if len(rest) == len(rows):
             return self._ask(rows, x, sigma, kwargs)
         outputs = dict(self._given)
-        if rest and self.exact:
+        if rest and self.plan.exact:
             # The rows that are thrown away keep the others' batch as it would be.
             every = self._ask(rows, x, sigma, kwargs)
             outputs.update((rows[k], every[k]) for k in rest)
@@ -263,7 +278,7 @@ class Gate(abc.ABC):
 
     def _reads(self) -> bool:
         """Whether ‖Δ‖ is wanted of this step's images."""
-        return (self.tracing or (self.looks_at_first and self.steps == 1)) and not self.in_parts
+        return (self.plan.tracing or (self.plan.looks_at_first and self.steps == 1)) and not self.in_parts
 
     def _ask(self, rows: list[int], x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The host's own network, for these of its rows."""
@@ -307,7 +322,7 @@ class Gate(abc.ABC):
         assert step is not None
         watched = [image for image in images if self._reads() or self.starts[image].hears]
         # Functions put into the network may count on the rows that the host has in a call, and on their order.
-        beside = images if network().is_patched() else watched
+        beside = images if self.backend.is_patched() else watched
         prompts = [row for image in beside for row in self._rows_of(image)[0]]
         if beside is watched:
             self._looked = {row for image in beside if not self.starts[image].hears for row in self._rows_of(image)[0]}
@@ -339,7 +354,7 @@ class Gate(abc.ABC):
                 value = self._magnitude(image, natives[at], native[k])  # type: ignore[arg-type]
                 start.observe(step.t, value)
                 guided = not start.is_off(step.t)
-                self._record(image, value, guided, follows_negative(self.p, self.reference))
+                self._record(image, value, guided, self.plan.follows_negative)
             if not guided:
                 self._given[last] = out[k]
                 s = start.opposite
@@ -349,7 +364,7 @@ class Gate(abc.ABC):
             self.reports[image].transition = transition_point(start.curve)
             self._off.discard(image)
             self._given.update(zip(own, outs[at]))
-            if follows_negative(self.p, self.reference):
+            if self.plan.follows_negative:
                 self._given[last] = out[k]
 
     def _trace_guided(self) -> None:
@@ -366,15 +381,7 @@ class Gate(abc.ABC):
     def _record(self, image: int, value: float, guided: bool, negative: bool) -> None:
         if self.steps == 1:
             self.reports[image].sampled = value
-        if self.tracing:
+        if self.plan.tracing:
             assert self.step is not None
-            against = "negative" if negative and not follows_negative(self.p, "empty") else "empty"
+            against = "negative" if negative and not self.plan.negative_is_empty else "empty"
             self.reports[image].trace.append(TracePoint(self.step.t, value, guided, against))
-
-
-def remove(denoiser: Any) -> None:
-    """Take the gate of an earlier pass off a denoiser that is used again."""
-    gate: Gate | None = getattr(denoiser, GATE, None)
-    if gate is not None:
-        gate.detach()
-        delattr(denoiser, GATE)

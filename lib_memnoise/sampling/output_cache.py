@@ -1,9 +1,9 @@
-"""Hands the network's last answers on to the sampler, whose first question is the same."""
+"""Keeps the outputs of the last evaluation of Δ, which are the sampler's first: they need not be evaluated again."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_memnoise.sampling.cond_rows import select_rows
+from lib_memnoise.sampling.backend import Backend
+from lib_memnoise.sampling.cond_rows import equal, select_rows
 from lib_memnoise.torch_utils.cross_attention import PLAIN, Row, scaled
-from lib_memnoise.webui.backends.backend import network
 
 
 @dataclass(frozen=True)
-class Answer:
+class CachedRow:
     """One network row: what went in, and the network's native output. No batch dimension but in `cond`."""
 
     x: Tensor
@@ -32,29 +32,14 @@ class Answer:
         return self.heard == heard and equal(self.t, t) and equal(self.x, x) and equal(self.cond, cond)
 
 
-def equal(first: Any, second: Any) -> bool:
-    """Whether nested lists and dicts of tensors are the same, to the bit."""
-    if isinstance(first, Tensor):
-        return isinstance(second, Tensor) and first.dtype == second.dtype and torch.equal(first, second)
-    if isinstance(first, Mapping):
-        return (
-            isinstance(second, Mapping)
-            and first.keys() == second.keys()
-            and all(equal(value, second[key]) for key, value in first.items())
-        )
-    if isinstance(first, list):
-        return isinstance(second, list) and len(first) == len(second) and all(map(equal, first, second))
-    return bool(first == second)
-
-
 @dataclass
-class Answers:
+class OutputCache:
     """The rows of each image's smallest Δ: those of the noise that it is left with."""
 
-    of_image: dict[int, tuple[float, list[Answer]]] = field(default_factory=dict)
+    of_image: dict[int, tuple[float, list[CachedRow]]] = field(default_factory=dict)
     state: tuple[Any, ...] = ()
 
-    def keep(self, image: int, magnitude: float, rows: list[Answer]) -> None:
+    def keep(self, image: int, magnitude: float, rows: list[CachedRow]) -> None:
         if image not in self.of_image or magnitude <= self.of_image[image][0]:
             self.of_image[image] = magnitude, rows
 
@@ -63,20 +48,22 @@ class Answers:
         return next((answer.out for answer in every if answer.is_to(x, t, cond, heard)), None)
 
 
-class Handover:
-    """Stands in front of the checkpoint's model, for one pass's network wrapper, and knows some answers already."""
+class CachedModel:
+    """Stands in front of the checkpoint's model for one pass, and takes from the cache what is there."""
 
     def __init__(
         self,
         model: Any,
-        answers: Answers,
+        cache: OutputCache,
+        backend: Backend,
         *,
         compared: Callable[[Any], Any] = lambda cond: cond,
         selected: Callable[[Any, list[int]], Any] = select_rows,
     ) -> None:
-        """`compared` is what an answer depends on of a condition, `selected(cond, rows)` the condition of some rows."""
+        """`compared` is what an output depends on of a condition, `selected(cond, rows)` the condition of some rows."""
         self._model = model
-        self._answers = answers
+        self._cache = cache
+        self._backend = backend
         self._compared = compared
         self._selected = selected
         self.known: list[bool] = []
@@ -113,14 +100,14 @@ class Handover:
         return self.native
 
     def _known(self, x: Tensor, t: Tensor, cond: Any) -> list[Tensor | None]:
-        if not self._answers.of_image or self._answers.state != network().state():
+        if not self._cache.of_image or self._cache.state != self._backend.state():
             return [None] * len(x)
         heard, compared = self.heard or [PLAIN] * len(x), self._compared(cond)
-        return [self._answers.find(x[row], t[row], select_rows(compared, [row]), heard[row]) for row in range(len(x))]
+        return [self._cache.find(x[row], t[row], select_rows(compared, [row]), heard[row]) for row in range(len(x))]
 
     def _attending(self, rows: list[int]) -> AbstractContextManager[None]:
         """Around an evaluation of these rows of the call."""
         heard = [self.heard[row] for row in rows] if self.heard else []
         if all(row == PLAIN for row in heard):
             return contextlib.nullcontext()
-        return scaled(network().unet, heard)
+        return scaled(self._backend.unet, heard)

@@ -13,7 +13,8 @@ from lib_memnoise import __version__
 from lib_memnoise.errors import echo
 from lib_memnoise.settings import json_schema
 from lib_memnoise.webui import payload
-from lib_memnoise.webui.backends.backend import load_checkpoint, loads_late, network
+from lib_memnoise.webui.backends import detect
+from lib_memnoise.webui.checkpoint import load_checkpoint, loads_late
 from lib_memnoise.webui.request import Refusal
 from lib_memnoise.webui.services import calibrations, json_request, scoring
 from lib_memnoise.webui.services.traces import STORE
@@ -79,12 +80,13 @@ def about() -> Any:
     info = getattr(shared.sd_model, "sd_checkpoint_info", None)
     if info is None:
         raise Refusal("memnoise: no checkpoint is loaded.", 503)
-    weight = next(network().unet.parameters())
+    backend = detect()
+    weight = next(backend.unet.parameters())
     return {
         "memnoise": __version__,
         "checkpoint": info.name_for_extra,
         "hash": info.shorthash,
-        "parameterization": calibrations.parameterization(),
+        "parameterization": backend.kind,
         "device": str(devices.get_optimal_device()),
         "dtype": str(weight.dtype).removeprefix("torch."),
     }

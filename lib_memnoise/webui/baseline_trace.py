@@ -3,47 +3,35 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 from modules import rng, sd_samplers, shared
-from torch import Tensor
 
 from lib_memnoise.core.guidance import Start
 from lib_memnoise.core.report import ImageReport
-from lib_memnoise.sampling.delta_predictor import Predictor
-from lib_memnoise.sampling.output_cache import Answers
-from lib_memnoise.webui.backends.backend import network
-from lib_memnoise.webui.failures import raise_if_interrupted
+from lib_memnoise.sampling.delta_predictor import DeltaPredictor
+from lib_memnoise.sampling.guider import GuidancePlan
+from lib_memnoise.sampling.output_cache import OutputCache
+from lib_memnoise.webui import session
+from lib_memnoise.webui.failures import fails, raise_if_interrupted
 from lib_memnoise.webui.sampler_start import is_second
+from lib_memnoise.webui.sampling_pass import SamplingPass
 
 
-def trace_as_drawn(
-    p: Any,
-    x: Tensor,
-    noise: Tensor,
-    c: Any,
-    uc: Any,
-    *,
-    predictor: Predictor,
-    starts: list[Start],
-    reference: str,
-    empty: Any,
-    reports: list[ImageReport],
-) -> None:
+def trace_baseline(current: SamplingPass, predictor: DeltaPredictor, starts: list[Start]) -> None:
     """Sample unadjusted noise with guidance held back as it will be for the adjusted one (Figures 3, 9, 10).
 
     A sampler and random generators of its own: the picture's sampling finds everything as it would be. It follows
     the checkpoint throughout, without a refiner. Its rows count as the image's.
 
     Args:
-        x: the clean latent where a picture is sampled on, `(B, C, H, W)`; else the noise.
-        noise: the noise as drawn, `(B, C, H, W)`.
-        reports: take the trace (`drawn`) and the rows.
+        current: its reports take the trace (`drawn`) and the rows.
+        starts: when guidance starts, for every image.
 
     Raises:
         Interrupted: the user asked to interrupt or skip.
     """
-    images = [ImageReport() for _ in reports]
+    p, backend, reports = current.p, current.backend, current.reports
+    images, noise = [ImageReport() for _ in reports], current.noise.clone()
     own = copy.copy(p)
     own.refiner_checkpoint_info = None  # a switch would leave the refiner loaded for the picture
     drawn = p.rng
@@ -58,26 +46,28 @@ def trace_as_drawn(
     kept = getattr(rng, "nv_rng", None)
     own.rng.next()
     own.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
-    network().gate(
-        own,
-        own.sampler.model_wrap_cfg,
+    plan = GuidancePlan(
         reports=images,
         starts=starts,
         tracing=True,
-        exact=False,
-        reference=reference,
-        empty=empty,
+        follows_negative=current.follows_negative,
+        negative_is_empty=current.negative_is_empty,
+        empty=current.empty,
         expected_t=predictor.step.t,
-        answers=Answers(),
+        cache=OutputCache(),
+        fail=lambda error: fails(own, error),
         fail_instead=True,
     )
+    denoiser = own.sampler.model_wrap_cfg
+    session.put_guider(denoiser, backend.guider(own, denoiser, plan))
     shared.state.textinfo = "Memnoise: sampling the noise as drawn"
     try:
-        with network().left_as_it_was():
+        with backend.left_as_it_was():
+            picture = {"image_conditioning": predictor.image_cond}
             if is_second(p):
-                own.sampler.sample_img2img(own, x, noise.clone(), c, uc, image_conditioning=predictor.image_cond)
+                own.sampler.sample_img2img(own, current.x, noise, current.c, current.uc, **picture)
             else:
-                own.sampler.sample(own, noise.clone(), c, uc, image_conditioning=predictor.image_cond)
+                own.sampler.sample(own, noise, current.c, current.uc, **picture)
     finally:
         rng.nv_rng = kept
     raise_if_interrupted()

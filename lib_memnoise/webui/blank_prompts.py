@@ -6,9 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from lib_memnoise.sampling.cond_rows import Cond
-from lib_memnoise.sampling.delta_predictor import follows_negative
-from lib_memnoise.sampling.output_cache import equal
+from lib_memnoise.sampling.cond_rows import Cond, equal
+from lib_memnoise.webui.host_conditions import follows_negative
 
 NO_WORDS = re.compile(r"(?:AND|[()\[\]\s])*")
 """A text with nothing in it but the WebUI's syntax."""

@@ -9,31 +9,30 @@ from typing import Any
 import torch
 from modules import devices, prompt_parser, shared
 
-from lib_memnoise.core.report import ImageReport
+from lib_memnoise.errors import Unsupported
 from lib_memnoise.methods.pipeline import Prompt
+from lib_memnoise.sampling import cond_rows
 from lib_memnoise.sampling.cond_rows import Cond, select_rows
 from lib_memnoise.torch_utils.cross_attention import PLAIN, Row, cross_attentions
 from lib_memnoise.webui import tokens
-from lib_memnoise.webui.backends.backend import network
-from lib_memnoise.webui.failures import Unsupported
+from lib_memnoise.webui.sampling_pass import SamplingPass
 
 
-class Hearing:
+class ConditioningOverride:
     """Encodes what is to be heard once for each checkpoint that a pass uses, and gives each step its conditions."""
 
-    def __init__(self, p: Any, c: Any, prompts: Mapping[int, Prompt], reports: list[ImageReport]) -> None:
-        """`c`: the host's own condition of the prompts, as `process_before_every_sampling` has it.
-
+    def __init__(self, current: SamplingPass, prompts: Mapping[int, Prompt]) -> None:
+        """
         Raises:
             Unsupported: what the prompts ask for is not to be had on this checkpoint.
         """
-        self.p = p
+        self.p, c = current.p, current.c
         self.prompts = dict(prompts)
-        self.reports = reports
+        self.reports = current.reports
         self.first_owners = [len(parts) for parts in c.batch]
-        self.first = tokens.vectors(prompt_parser.reconstruct_multicond_batch(c, 0)[1])
+        self.first = cond_rows.vectors(prompt_parser.reconstruct_multicond_batch(c, 0)[1])
         self.checkpoint = self._checkpoint()
-        if any(prompt.attention for prompt in self.prompts.values()) and not cross_attentions(network().unet):
+        if any(prompt.attention for prompt in self.prompts.values()) and not cross_attentions(current.backend.unet):
             raise Unsupported("no cross-attention was found in the network")
         if any(prompt.pad_zero for prompt in self.prompts.values()) and not padded_with_end():
             raise Unsupported("the text encoder pads with token 0 already, and there is no padding to fix")
@@ -120,7 +119,7 @@ class Hearing:
         """
         step, batch = denoiser.step, denoiser.sampler.sampler_extra_args["cond"].batch
         owners = [image for image, parts in enumerate(batch) for _ in parts]
-        if tokens.vectors(cond).shape[0] != len(owners):
+        if cond_rows.vectors(cond).shape[0] != len(owners):
             raise RuntimeError("another extension changed the batch")
         encoded = self._now()
         if encoded is not None:
@@ -134,7 +133,7 @@ class Hearing:
 
     def _mixed(self, before: Cond, after: Cond, owners: list[int], edited: list[int]) -> Cond:
         """What other extensions made of other images' rows stays."""
-        if tokens.vectors(before).shape != tokens.vectors(after).shape:
+        if cond_rows.vectors(before).shape != cond_rows.vectors(after).shape:
             for image in set(owners).difference(edited):
                 self.reports[image].note("its prompt was padded to the length of another in its batch")
             return after
@@ -149,7 +148,7 @@ class Hearing:
         return mix(before, after)
 
     def _with_vectors(self, cond: Cond, owners: list[int], step: int) -> Cond:
-        values = tokens.vectors(cond)
+        values = cond_rows.vectors(cond)
         changed = values.clone()
         for image, prompt in self.prompts.items():
             rows = [row for row, owner in enumerate(owners) if owner == image]
@@ -167,7 +166,7 @@ class Hearing:
                     changed[rows] = learnt
                 else:  # prompt editing: another prompt, moved as far
                     changed[rows] = values[rows] + (learnt - first)
-        return tokens.with_vectors(cond, changed)
+        return cond_rows.with_vectors(cond, changed)
 
     def _first_rows(self) -> list[int]:
         return [image for image, count in enumerate(self.first_owners) for _ in range(count)]
@@ -179,8 +178,8 @@ class Hearing:
         if encoded is None or encoded[1] is None:
             return uncond
         after = prompt_parser.reconstruct_cond_batch(encoded[1], denoiser.step)
-        batch = tokens.vectors(uncond).shape[0]
-        if batch != tokens.vectors(after).shape[0]:
+        batch = cond_rows.vectors(uncond).shape[0]
+        if batch != cond_rows.vectors(after).shape[0]:
             raise RuntimeError("another extension changed the batch")
         return self._mixed(uncond, after, list(range(batch)), edited)
 

@@ -1,4 +1,4 @@
-"""What ends a mitigation without it being a fault."""
+"""The ways to end a mitigation, or to fail a request, in hosts that swallow what hooks raise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any, TypeVar
 
 from modules import shared
 
+from lib_memnoise.errors import Interrupted
 from lib_memnoise.settings import INFOTEXT
+from lib_memnoise.webui import session
 
 Error = TypeVar("Error", bound=Exception)
 FAILED_CELLS = f"{INFOTEXT} failed cells"
@@ -22,18 +24,6 @@ def named_on_the_page(kind: type[Error]) -> type[Error]:
 @named_on_the_page
 class Failed(RuntimeError):
     """A mitigation that failed, where the request asked to fail with it."""
-
-
-class Interrupted(Exception):
-    """The user asked to interrupt or skip."""
-
-
-class Unsupported(RuntimeError):
-    """What memnoise cannot work with, in one sentence."""
-
-
-class NotCalibrated(Unsupported):
-    """A generation goes by a calibration that there is not."""
 
 
 def is_stopping() -> bool:
@@ -65,12 +55,12 @@ def loses_errors(p: Any) -> bool:
 
 def expect_cells(p: Any) -> None:
     """`setup`: what a plot's cells, which are shallow copies of `p`, tell of their failures is kept in one place."""
-    p.memnoise_failed_cells = []
+    setattr(p, session.FAILED_CELLS, [])
 
 
 def fails(p: Any, error: Exception) -> None:
     """This generation is about to fail. A plot goes on without the cell, and its info says why."""
-    cells = getattr(p, "memnoise_failed_cells", None)
+    cells = getattr(p, session.FAILED_CELLS, None)
     if cells is not None:
         cells.append(str(error))
         keep_failed_cells(p)
@@ -78,5 +68,18 @@ def fails(p: Any, error: Exception) -> None:
 
 def keep_failed_cells(p: Any) -> None:
     """Keep the failures in the parameters that a plot's cells share."""
-    if cells := getattr(p, "memnoise_failed_cells", None):
+    if cells := getattr(p, session.FAILED_CELLS, None):
         p.extra_generation_params[FAILED_CELLS] = list(cells)
+
+
+def refuse(p: Any, refusal: Exception) -> None:
+    """Make the request fail with this sentence: the host would swallow it if it were raised from here."""
+
+    def init(*args: Any, **kwargs: Any) -> None:
+        fails(p, refusal)
+        if not loses_errors(p):
+            raise refusal
+        p.comment(f"{INFOTEXT}: {refusal}")
+        p.n_iter, p.do_not_save_grid = 0, True
+
+    p.init = init

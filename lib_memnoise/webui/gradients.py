@@ -7,31 +7,25 @@ from modules import devices
 from torch import Tensor
 
 from lib_memnoise.core.delta import magnitude, per_image
+from lib_memnoise.errors import Unsupported
 from lib_memnoise.methods.descent import NoGradient, gradients
 from lib_memnoise.methods.pipeline import Initial, Outcome
-from lib_memnoise.sampling import memory_mode
-from lib_memnoise.sampling.delta_predictor import Predictor
-from lib_memnoise.sampling.memory_mode import Lean, free_memory, run_from
+from lib_memnoise.sampling.delta_predictor import DeltaPredictor
+from lib_memnoise.sampling.memory_mode import first_attempt, free_memory, run_from
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.oom import is_out_of_memory
-from lib_memnoise.webui.backends.backend import network
-from lib_memnoise.webui.failures import Unsupported
 
 GRADIENT_TOLERANCE = 0.05
 """How far a difference quotient may be from the gradient's length; with the tests' checkpoints they are 0.1 % apart."""
 
 
-def first_attempt(x: Tensor, rows: int, free: float) -> Lean:
-    """`leanness.first_attempt` with the host's network."""
-    return memory_mode.first_attempt(network().unet, x, rows, free)
-
-
-def run_leanly(x: Tensor, delta: Predictor, settings: Settings, initial: Initial) -> Outcome:
+def run_leanly(x: Tensor, delta: DeltaPredictor, settings: Settings, initial: Initial) -> Outcome:
     """`run` in the fastest way that memory allows; out of memory, it is tried again in a leaner one.
 
     What an attempt evaluated stays counted. Raises what the leanest attempt raises.
     """
-    with network().gradients():
+    backend = delta.backend
+    with backend.gradients():
         x, delta = x.clone(), delta.cloned()
 
         def note(text: str) -> None:
@@ -39,19 +33,19 @@ def run_leanly(x: Tensor, delta: Predictor, settings: Settings, initial: Initial
                 report.note(text)
 
         return run_from(
-            first_attempt(x, delta.rows, free_memory(x.device)),
+            first_attempt(backend.unet, x, delta.rows, free_memory(x.device)),
             x,
             delta,
             settings,
             initial,
-            unet=network().unet,
+            unet=backend.unet,
             empty=devices.torch_gc,
             note=note,
-            check=(lambda: raise_if_wrong(x, delta)) if network().is_doubtful() else None,
+            check=(lambda: raise_if_wrong(x, delta)) if backend.is_doubtful() else None,
         )
 
 
-def raise_if_wrong(x: Tensor, delta: Predictor) -> None:
+def raise_if_wrong(x: Tensor, delta: DeltaPredictor) -> None:
     """Compare the gradient of ‖Δ‖ with a finite difference along it, a hundredth of the noise's length each way.
 
     Raises:

@@ -13,8 +13,7 @@ from typing import Any
 
 from lib_memnoise.errors import echo
 from lib_memnoise.settings import SPECS, SettingError
-from lib_memnoise.webui.request import SLOTS, Refusal, surplus
-from lib_memnoise.webui.ui.xyz_axes import TITLE
+from lib_memnoise.webui.request import SLOTS, TITLE, Refusal, surplus
 
 PATHS = ("/sdapi/v1/txt2img", "/sdapi/v1/img2img")
 FORM = '{"args": [true, {"method": "batch_wise"}]}'

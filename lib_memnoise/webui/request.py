@@ -25,12 +25,10 @@ from lib_memnoise.settings import (
     is_used,
 )
 from lib_memnoise.webui.failures import loses_errors, named_on_the_page
+from lib_memnoise.webui.session import PLOT, REFUSED
 
-PLOT = "memnoise_plot"
-"""Attribute of a plot cell's `p`: what its axes set, by name."""
-
-REFUSED = "memnoise_refused"
-"""Attribute of a request's `p`: why its plot was left out, so that the request itself can say so."""
+TITLE = "Memnoise"
+"""The script's, by which requests and other scripts name it."""
 
 CONTROLS = tuple(name for name in SPECS if name != "enabled")
 """The settings that have a control on the page, in order."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,36 +9,10 @@ from modules import shared
 from torch import Tensor
 
 from lib_memnoise.core.delta import per_image
+from lib_memnoise.sampling.backend import FirstStep
 
 UNIPC_FIRST = 999.0
 """UniPC has a continuous schedule of its own, whose first timestep is the last of training."""
-
-
-@dataclass(frozen=True)
-class FirstStep:
-    """The sampler's first evaluation: network input `(base + scale · noise) · c_in`."""
-
-    t: float
-    """T, as the network receives it: a timestep, 0…999."""
-    at: Tensor
-    """`(1,)`, what the host's network is asked at: a timestep, or a sigma."""
-    scale: float | Tensor
-    c_in: float | Tensor = 1.0
-    base: float | Tensor = 0.0
-    """0 in txt2img; where a picture is sampled on, its clean latent, scaled as the sampler scales it."""
-    sigma: float = float("inf")
-    """What the sampler's denoiser is given: a sigma, or infinity where it counts in timesteps."""
-
-    def network_input(self, noise: Tensor) -> Tensor:
-        return (self.base + noise * self.scale) * self.c_in
-
-    def cloned(self) -> FirstStep:
-        """The same with tensors of its own."""
-        own = {name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **own)  # type: ignore[arg-type]
-
-    def select(self, images: list[int]) -> FirstStep:
-        return replace(self, base=self.base[images]) if isinstance(self.base, Tensor) else self
 
 
 def is_second(p: Any) -> bool:

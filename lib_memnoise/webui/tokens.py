@@ -9,24 +9,8 @@ from typing import Any
 from modules import prompt_parser, shared
 from torch import Tensor
 
-from lib_memnoise.sampling.cond_rows import Cond
-from lib_memnoise.webui.failures import Unsupported
-
-CHUNK = 77
-"""Tokens of a prompt come in chunks of this many, each with a start and an end of its own."""
-
-
-def vectors(cond: Cond) -> Tensor:
-    """`(rows, tokens, width)` of a condition."""
-    return cond["crossattn"] if isinstance(cond, dict) else cond
-
-
-def with_vectors(cond: Cond, values: Tensor) -> Cond:
-    """The condition with other vectors in their place."""
-    if not isinstance(cond, dict):
-        return values
-    return prompt_parser.DictWithShape({**cond, "crossattn": values})
-
+from lib_memnoise.errors import Unsupported
+from lib_memnoise.sampling.cond_rows import CHUNK
 
 Schedules = list[list[Any]]
 """Of each part of a prompt (AND): `[last step, text]` pairs in order."""

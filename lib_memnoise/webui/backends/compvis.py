@@ -11,12 +11,13 @@ import torch
 from modules import prompt_parser, sd_models, shared
 from torch import Tensor, nn
 
-from lib_memnoise.sampling.cond_rows import Cond, select_rows
-from lib_memnoise.sampling.guider import Gate, Step
-from lib_memnoise.sampling.output_cache import Handover
+from lib_memnoise.sampling.backend import DeltaQuery, Evaluated, FirstStep
+from lib_memnoise.sampling.cond_rows import Cond, Conditions, joined, select_rows, token_length
+from lib_memnoise.sampling.guider import GuidancePlan, Guider, Step
+from lib_memnoise.sampling.output_cache import CachedModel
 from lib_memnoise.torch_utils.patching import original
-from lib_memnoise.webui.backends.backend import Composition, Conditions, Evaluated, joined, token_length
-from lib_memnoise.webui.sampler_start import FirstStep, compvis_first_step
+from lib_memnoise.webui.backends.base import WebuiBackend
+from lib_memnoise.webui.sampler_start import compvis_first_step
 
 
 def conditioning(text: Cond, image: Tensor, *, unconditional: bool) -> Conditions:
@@ -36,8 +37,8 @@ def leaves_out_unconditional(p: Any, sigma: float, step: int = 0, steps: int = 1
     return bool((step % 2 or getattr(shared.opts, "s_min_uncond_all", False)) and sigma < floor)
 
 
-class CompVis:
-    """See `backends.backend.Network`."""
+class CompVisBackend(WebuiBackend):
+    """The checkpoint's own `apply_model`."""
 
     @property
     def unet(self) -> nn.Module:
@@ -54,14 +55,8 @@ class CompVis:
     def alpha_bar(self, t: float) -> float:
         return float(shared.sd_model.alphas_cumprod[round(t)])
 
-    def load(self, x: Tensor) -> None:
-        """It is there."""
-
     def first_step(self, p: Any, sampler: Any, x: Tensor) -> FirstStep:
         return compvis_first_step(p, sampler, x)
-
-    def composition(self, parts: Composition) -> Composition:
-        return parts
 
     def padded(self, denoiser: Any, cond: Cond, uncond: Cond) -> tuple[Cond, Cond]:
         """With the padding that the host's options ask for where their lengths differ."""
@@ -89,15 +84,15 @@ class CompVis:
         size = 2 * images if together else images
         return (*((a, min(a + size, rows)) for a in range(0, rows, size)), (rows, rows + images))
 
-    def evaluate(self, predictor: Any, inputs: Tensor, owners: list[int], cond: Cond) -> Evaluated:
-        conditional = conditioning(cond, predictor.image_cond[owners], unconditional=False)
-        unconditional = conditioning(predictor.uncond, predictor.image_cond, unconditional=True)
-        at = predictor.step.at
-        if predictor.unconditional is not None:
-            return [(conditional, ask(inputs[owners], at, conditional)), (unconditional, predictor.unconditional)]
-        if predictor.calls:
-            return self._as_host(predictor, inputs, owners, cond, conditional, unconditional)
-        if token_length(cond) == token_length(predictor.uncond) and getattr(shared.opts, "batch_cond_uncond", True):
+    def evaluate(self, query: DeltaQuery, inputs: Tensor, owners: list[int], cond: Cond) -> Evaluated:
+        conditional = conditioning(cond, query.image_cond[owners], unconditional=False)
+        unconditional = conditioning(query.uncond, query.image_cond, unconditional=True)
+        at = query.step.at
+        if query.unconditional is not None:
+            return [(conditional, ask(inputs[owners], at, conditional)), (unconditional, query.unconditional)]
+        if query.calls:
+            return self._as_host(query, inputs, owners, cond, conditional, unconditional)
+        if token_length(cond) == token_length(query.uncond) and getattr(shared.opts, "batch_cond_uncond", True):
             out = ask(torch.cat([inputs[owners], inputs]), at, joined(conditional, unconditional))
             return list(zip((conditional, unconditional), out.split([len(owners), len(inputs)])))
         return [
@@ -107,7 +102,7 @@ class CompVis:
 
     def _as_host(
         self,
-        predictor: Any,
+        query: DeltaQuery,
         inputs: Tensor,
         owners: list[int],
         cond: Cond,
@@ -119,13 +114,13 @@ class CompVis:
         Beside the prompts' rows and the unconditional ones come the host's own unconditional rows, where these are
         others.
         """
-        count, at = len(owners), predictor.step.at
-        own = predictor.uncond if predictor.host_uncond is None else predictor.host_uncond
-        theirs = conditioning(own, predictor.image_cond, unconditional=True)
+        count, at = len(owners), query.step.at
+        own = query.uncond if query.host_uncond is None else query.host_uncond
+        theirs = conditioning(own, query.image_cond, unconditional=True)
         equal = token_length(cond) == token_length(own)
         every = torch.cat([inputs[owners], inputs])
         parts = []
-        for a, b in predictor.calls:
+        for a, b in query.calls:
             if equal:
                 condition = select_rows(joined(conditional, theirs), range(a, b))
             elif b <= count:
@@ -135,16 +130,13 @@ class CompVis:
             parts.append(ask(every[a:b], at, condition))
         out = torch.cat(parts)
         prompts, others = (conditional, out[:count]), [(theirs, out[count:])] if len(out) > count else []
-        if predictor.host_uncond is None and others:
+        if query.host_uncond is None and others:
             return [prompts, *others]
         return [prompts, (unconditional, ask(inputs, at, unconditional)), *others]
 
-    def unconditional(self, predictor: Any, inputs: Tensor) -> Tensor:
-        given = conditioning(predictor.uncond, predictor.image_cond, unconditional=True)
-        return ask(inputs, predictor.step.at, given)
-
-    def native(self, difference: Tensor, at: Tensor) -> Tensor:
-        return difference
+    def unconditional(self, query: DeltaQuery, inputs: Tensor) -> Tensor:
+        given = conditioning(query.uncond, query.image_cond, unconditional=True)
+        return ask(inputs, query.step.at, given)
 
     def state(self) -> tuple[Any, ...]:
         """Extensions put functions of their own in these places, and token merging is off during gradients."""
@@ -171,12 +163,6 @@ class CompVis:
         own_torch = getattr(sys.modules.get("modules.sd_hijack_unet"), "th", None)
         return self.is_patched() or (own_torch is not None and bool(vars(own_torch)))
 
-    def is_used(self) -> bool:
-        return False
-
-    def left_as_it_was(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
     @contextlib.contextmanager
     def gradients(self) -> Iterator[None]:
         """Weights frozen (only x needs a gradient) and token merging off (its gradient is wrong)."""
@@ -193,8 +179,8 @@ class CompVis:
             for weight in weights:
                 weight.requires_grad_(True)
 
-    def gate(self, *args: Any, **kwargs: Any) -> WrapperGate:
-        return WrapperGate(*args, **kwargs)
+    def guider(self, p: Any, denoiser: Any, plan: GuidancePlan) -> WrapperGuider:
+        return WrapperGuider(self, p, denoiser, plan)
 
 
 def ask(inputs: Tensor, at: Tensor, cond: Conditions) -> Tensor:
@@ -202,19 +188,21 @@ def ask(inputs: Tensor, at: Tensor, cond: Conditions) -> Tensor:
     return out
 
 
-NETWORK = CompVis()
-
-
-class WrapperGate(Gate):
+class WrapperGuider(Guider):
     """Sits on the sampler's network wrapper.
 
     The host's denoiser evaluates a list of rows at each of its steps, in one call or several: the prompts of every
     image, then the unconditional ones.
     """
 
-    def __init__(self, p: Any, denoiser: Any, **kwargs: Any) -> None:
-        super().__init__(p, denoiser, **kwargs)
+    def __init__(self, backend: CompVisBackend, p: Any, denoiser: Any, plan: GuidancePlan) -> None:
+        super().__init__(backend, plan)
+        self.p = p
+        self._padded = backend.padded
         self.attach(denoiser)
+
+    def padded(self, denoiser: Any, cond: Cond, uncond: Cond) -> tuple[Cond, Cond]:
+        return self._padded(denoiser, cond, uncond)
 
     def attach(self, denoiser: Any) -> None:
         """Answer for this denoiser's network wrapper; it is a new one after a refiner switch."""
@@ -231,11 +219,11 @@ class WrapperGate(Gate):
             for report in self.reports:
                 report.note(
                     "another extension evaluates the network in its own way, in tiles for instance; the magnitude is "
-                    "that of the network without it" + (" and is not traced" if self.tracing else "")
+                    "that of the network without it" + (" and is not traced" if self.plan.tracing else "")
                 )
-        self._handover = Handover(self.inner.inner_model, self.answers)
+        self._cached = CachedModel(self.inner.inner_model, self.cache, self.backend)
         # Beside the module of this name, which stays where it is.
-        self.inner.__dict__["inner_model"] = self._handover
+        self.inner.__dict__["inner_model"] = self._cached
 
     def detach(self) -> None:
         """Let the wrapper answer for itself again: img2img samples every batch with the same one."""
@@ -246,7 +234,7 @@ class WrapperGate(Gate):
                 self.inner.forward = self._forward
             else:
                 del self.inner.__dict__["forward"]
-        if self.inner.__dict__.get("inner_model") is self._handover:
+        if self.inner.__dict__.get("inner_model") is self._cached:
             del self.inner.__dict__["inner_model"]
         self.retired = True
 
@@ -275,13 +263,13 @@ class WrapperGate(Gate):
         return self.answer(rows, x, sigma, **kwargs)
 
     def evaluate(self, rows: list[int], x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        self._handover.heard = self.heard_by(rows)
+        self._cached.heard = self.heard_by(rows)
         try:
             out: Tensor = self._forward(x, sigma, **kwargs)
         finally:
-            self._handover.heard = []
-        self.count(rows, self._handover.known)
-        return out, self._handover.native.detach()
+            self._cached.heard = []
+        self.count(rows, self._cached.known)
+        return out, self._cached.native.detach()
 
     def conditions(self, text: Cond, rows: list[int], *, unconditional: bool) -> dict[str, Any]:
         return {"cond": conditioning(text, self._image_cond[rows], unconditional=unconditional)}

@@ -13,12 +13,14 @@ from lib_memnoise.core import calibration
 from lib_memnoise.core.calibration import ordinary_prompts
 from lib_memnoise.core.calibration_store import serves
 from lib_memnoise.core.report import Generation
-from lib_memnoise.errors import echo, meant
+from lib_memnoise.errors import Unsupported, echo, meant
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.oom import is_out_of_memory
-from lib_memnoise.webui.backends.backend import network
-from lib_memnoise.webui.failures import Unsupported
-from lib_memnoise.webui.hooks import left_as_it_was, raise_if_unsupported, refuse
+from lib_memnoise.webui.backends import detect
+from lib_memnoise.webui.backends.base import WebuiBackend
+from lib_memnoise.webui.checkpoint import raise_if_unsupported
+from lib_memnoise.webui.failures import refuse
+from lib_memnoise.webui.host_state import left_as_it_was
 from lib_memnoise.webui.nested import host_set_aside
 from lib_memnoise.webui.request import Refusal
 from lib_memnoise.webui.services import calibrations, json_request, recent_prompts, scoring
@@ -90,27 +92,28 @@ def shown(image: ScoredImage) -> str:
 # Before a generation
 
 
-def first_timestep(p: Any) -> float:
+def first_timestep(backend: WebuiBackend, p: Any) -> float:
     """T of a generation's first pass, before anything is sampled."""
     with left_as_it_was(p):
         sampler = sd_samplers.create_sampler(p.sampler_name, shared.sd_model)
-        return network().first_step(p, sampler, torch.zeros(1, 4, 1, 1, device=devices.device)).t
+        return backend.first_step(p, sampler, torch.zeros(1, 4, 1, 1, device=devices.device)).t
 
 
 def prepare(p: Any, generation: Generation) -> None:
     """Have a calibration where a generation needs one, before it samples.
 
-    Where there can be none, all images are mitigated (`course.resolved`); a request with a preset that is made of it is
-    refused. If calibrating fails so does the request; if it is interrupted so is the request.
+    Where there can be none, all images are mitigated (`adjusting.calibrated`); a request for the preset that is made
+    of it is refused. If calibrating fails so does the request; if it is interrupted so is the request.
     """
     is_preset = generation.settings.preset == "calibrated"
     if generation.settings.reference == "negative" and any(p.all_negative_prompts):
         generation.remarks.append("scores are against the negative prompt, the calibration's against the empty one")
     try:
-        raise_if_unsupported(generation.settings)
-        calibrate_for(p, generation)
+        backend = detect()
+        raise_if_unsupported(backend, generation.settings)
+        calibrate_for(backend, p, generation)
         if is_preset:
-            raise_if_second_pass_lacks_one(p, generation.settings)
+            raise_if_second_pass_lacks_one(backend, p, generation.settings)
     except Unsupported as error:
         if is_preset:
             refuse(p, Refusal(f"memnoise: the preset calibrated cannot be used here: {error}."))
@@ -125,7 +128,7 @@ def prepare(p: Any, generation: Generation) -> None:
         refuse(p, RuntimeError(failure(error)))
 
 
-def calibrate_for(p: Any, generation: Generation) -> None:
+def calibrate_for(backend: WebuiBackend, p: Any, generation: Generation) -> None:
     """Calibrate the checkpoint for a generation's first pass, unless it is calibrated.
 
     Raises:
@@ -133,8 +136,8 @@ def calibrate_for(p: Any, generation: Generation) -> None:
     """
     if getattr(p, "firstpass_image", None) is not None and getattr(p, "enable_hr", False):
         return  # a picture's hires pass on its own
-    t = first_timestep(p)
-    known, problems = calibrations.serving(t, p.width, p.height)
+    t = first_timestep(backend, p)
+    known, problems = calibrations.serving(backend, t, p.width, p.height)
     generation.remarks += problems
     if known is not None:
         return
@@ -146,7 +149,7 @@ def calibrate_for(p: Any, generation: Generation) -> None:
         scheduler=getattr(p, "scheduler", None) or "Automatic",
         steps=p.steps,
     )
-    begins = first_timestep(scoring.make_processing(Probe, wanted, [wanted.prompts[0]], [0]))
+    begins = first_timestep(backend, scoring.make_processing(Probe, wanted, [wanted.prompts[0]], [0]))
     if not serves(round(begins), round(t)):
         raise Unsupported(
             f"the checkpoint is not calibrated at {p.width}x{p.height} and first timestep {t:g}, and that cannot be "
@@ -157,7 +160,7 @@ def calibrate_for(p: Any, generation: Generation) -> None:
         scoring.calibrate(wanted)
 
 
-def raise_if_second_pass_lacks_one(p: Any, settings: Settings) -> None:
+def raise_if_second_pass_lacks_one(backend: WebuiBackend, p: Any, settings: Settings) -> None:
     """With `hires` the second pass's numbers come from a calibration as well, which is not made by itself."""
     if not settings.hires or not getattr(p, "enable_hr", False) or getattr(p, "hr_checkpoint_info", None) is not None:
         return
@@ -167,8 +170,8 @@ def raise_if_second_pass_lacks_one(p: Any, settings: Settings) -> None:
     second.is_hr_pass = True
     second.sampler_name = getattr(p, "hr_sampler_name", None) or p.sampler_name
     second.scheduler = getattr(p, "hr_scheduler", None) or getattr(p, "scheduler", None)
-    t, width, height = first_timestep(second), second.hr_upscale_to_x, second.hr_upscale_to_y
-    known, _ = calibrations.serving(t, width, height)
+    t, width, height = first_timestep(backend, second), second.hr_upscale_to_x, second.hr_upscale_to_y
+    known, _ = calibrations.serving(backend, t, width, height)
     if known is None:
         raise Unsupported(
             f"the checkpoint is not calibrated for the hires pass at {width}x{height} and first timestep {t:g}"

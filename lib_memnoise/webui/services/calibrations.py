@@ -8,7 +8,7 @@ from modules import paths, shared
 
 from lib_memnoise.core.calibration import Calibration, Key, unit
 from lib_memnoise.core.calibration_store import CalibrationStore
-from lib_memnoise.webui.backends.backend import network
+from lib_memnoise.webui.backends.base import WebuiBackend
 
 
 def store() -> CalibrationStore:
@@ -16,25 +16,20 @@ def store() -> CalibrationStore:
     return CalibrationStore(Path(paths.data_path) / "memnoise" / "calibrations")
 
 
-def serving(timestep: float, width: int, height: int) -> tuple[Calibration | None, list[str]]:
+def serving(backend: WebuiBackend, timestep: float, width: int, height: int) -> tuple[Calibration | None, list[str]]:
     """The calibration by which the loaded checkpoint's scores are judged, and what is wrong with others.
 
     One of another first timestep is converted: what it has in common with this one is how far the predicted clean
     latents differ. Where they cannot be told from the output (ᾱ = 0, in ε) there is none.
     """
-    known, problems = store().nearest(key(timestep, width, height))
+    known, problems = store().nearest(key(backend, timestep, width, height))
     if known is None or known.key.timestep == round(timestep):
         return known, problems
-    here, there = (unit(known.key.parameterization, network().alpha_bar(t)) for t in (timestep, known.key.timestep))
+    here, there = (unit(known.key.parameterization, backend.alpha_bar(t)) for t in (timestep, known.key.timestep))
     return (known.at(here / there) if here > 0 and there > 0 else None), problems
 
 
-def parameterization() -> str:
-    """The loaded checkpoint's, "eps", "v" or "flow"."""
-    return network().kind
-
-
-def key(timestep: float, width: int, height: int) -> Key:
+def key(backend: WebuiBackend, timestep: float, width: int, height: int) -> Key:
     """The loaded checkpoint is known by its hash; by its name where the host was told not to hash."""
     info = shared.sd_model.sd_checkpoint_info
-    return Key(str(info.sha256 or info.name), width, height, parameterization(), round(timestep))
+    return Key(str(info.sha256 or info.name), width, height, backend.kind, round(timestep))

@@ -18,18 +18,16 @@ from torch import Tensor
 from lib_memnoise.core.report import Generation, ImageReport
 from lib_memnoise.core.similarity import similarity
 from lib_memnoise.errors import echo
-from lib_memnoise.registry import METHODS
+from lib_memnoise.registry import METHODS, USUAL
 from lib_memnoise.settings import SettingError, from_mapping
+from lib_memnoise.webui import session
 from lib_memnoise.webui.failures import is_stopping
-from lib_memnoise.webui.hooks import LOOKS
-from lib_memnoise.webui.request import SLOTS
+from lib_memnoise.webui.request import SLOTS, TITLE
 from lib_memnoise.webui.services import scoring, sheet
 from lib_memnoise.webui.services.json_request import BadRequest, Request
 from lib_memnoise.webui.services.json_request import parse as request_of
 from lib_memnoise.webui.services.reference_picture import opened
 from lib_memnoise.webui.services.scoring import Stopped, no_prompt_history
-from lib_memnoise.webui.ui.buttons import USUAL
-from lib_memnoise.webui.ui.xyz_axes import TITLE
 
 MOST_IMAGES = 64
 
@@ -173,14 +171,14 @@ def generated(
     p = scoring.make_processing(kind, request, list(request.prompts) * len(seeds), seeds)
     try:
         p.scripts = alone()
-        setattr(p, LOOKS, True)
+        setattr(p, session.LOOKS, True)
         p.script_args = [True, settings, *[None] * (len(SLOTS) - 2)]
         with no_prompt_history():
             found = processing.process_images(p).images
-        return list(found[-len(seeds) :]), getattr(p, "memnoise", None), None
+        return list(found[-len(seeds) :]), getattr(p, session.GENERATION, None), None
     except Exception as error:
         errors.report("memnoise: a method of the comparison failed", exc_info=True)
-        return [], getattr(p, "memnoise", None), str(error).strip().split("\n")[0] or type(error).__name__
+        return [], getattr(p, session.GENERATION, None), str(error).strip().split("\n")[0] or type(error).__name__
     finally:
         p.close()
 

@@ -20,15 +20,19 @@ from lib_memnoise.core import calibration
 from lib_memnoise.core.calibration import Calibration
 from lib_memnoise.core.delta import magnitude
 from lib_memnoise.core.report import ImageReport
-from lib_memnoise.sampling.delta_predictor import Predictor, make_predictor
-from lib_memnoise.sampling.memory_mode import Lean, free_memory
+from lib_memnoise.errors import Interrupted, Unsupported
+from lib_memnoise.sampling import cond_rows
+from lib_memnoise.sampling.delta_predictor import DeltaPredictor
+from lib_memnoise.sampling.memory_mode import Lean, first_attempt, free_memory
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.checkpointing import checkpointed
 from lib_memnoise.webui import tokens
-from lib_memnoise.webui.backends.backend import load_checkpoint, network
-from lib_memnoise.webui.failures import Interrupted, Unsupported, is_stopping
-from lib_memnoise.webui.gradients import first_attempt
-from lib_memnoise.webui.hooks import EmptyPrompt, left_as_it_was, raise_if_unsupported
+from lib_memnoise.webui.backends import detect
+from lib_memnoise.webui.checkpoint import load_checkpoint, raise_if_unsupported
+from lib_memnoise.webui.failures import is_stopping
+from lib_memnoise.webui.host_conditions import EmptyPrompt
+from lib_memnoise.webui.host_state import left_as_it_was
+from lib_memnoise.webui.sampling_pass import SamplingPass
 from lib_memnoise.webui.services import calibrations
 from lib_memnoise.webui.services.json_request import BadRequest, Request
 
@@ -81,16 +85,12 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
         self.sampler = sd_samplers.create_sampler(self.sampler_name, self.sd_model)
         x = self.rng.next()
         reports = [ImageReport() for _ in x]
+        empty, backend = EmptyPrompt(self), detect()
+        current = SamplingPass(
+            self, x, x, conditioning, unconditional_conditioning, backend, reports, empty, self.reference
+        )
         with left_as_it_was(self):
-            predictor = make_predictor(
-                self,
-                x,
-                conditioning,
-                unconditional_conditioning,
-                reference=self.reference,
-                reports=reports,
-                empty=EmptyPrompt(self),
-            )
+            predictor = current.predictor()
             found = self.heard(x, predictor) if self.wants_words else [[] for _ in x]
             if not self.wants_words:
                 predictor(x)
@@ -100,18 +100,19 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
             self.scored.append(
                 ScoredImage(self.prompts[k], self.seeds[k], report.before, rows, predictor.step.t, found[k])
             )
-        empty = torch.zeros(3, 8, 8)
-        return processing.DecodedSamples([empty for _ in x])
+        nothing = torch.zeros(3, 8, 8)
+        return processing.DecodedSamples([nothing for _ in x])
 
-    def heard(self, x: Tensor, predictor: Predictor) -> list[list[tuple[str, float]]]:
+    def heard(self, x: Tensor, predictor: DeltaPredictor) -> list[list[tuple[str, float]]]:
         """‖∂‖Δ‖/∂e_i‖ of every token i, merged to words (Wen et al. 2024)."""
         cond, owners = predictor.cond, [i for i, part in enumerate(predictor.parts) for _ in part]
-        vectors = tokens.vectors(cond).detach().clone().requires_grad_()
-        with network().gradients(), torch.enable_grad():
-            lean = first_attempt(x, predictor.rows, free_memory(x.device))
-            block = checkpointed(network().unet) if lean > Lean.PLAIN else contextlib.nullcontext()
+        vectors = cond_rows.vectors(cond).detach().clone().requires_grad_()
+        backend = predictor.backend
+        with backend.gradients(), torch.enable_grad():
+            lean = first_attempt(backend.unet, x, predictor.rows, free_memory(x.device))
+            block = checkpointed(backend.unet) if lean > Lean.PLAIN else contextlib.nullcontext()
             with block:
-                delta = replace(predictor, cond=tokens.with_vectors(cond, vectors))(x)
+                delta = replace(predictor, cond=cond_rows.with_vectors(cond, vectors))(x)
                 (gradient,) = torch.autograd.grad(magnitude(delta).sum(), vectors)
         size = torch.linalg.vector_norm(gradient.float(), dim=2)
         texts = [
@@ -122,14 +123,14 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
 
 def form(parts: Sequence[Any]) -> tuple[Any, ...]:
     """Of an encoded prompt: the weights of its parts, and the tokens of the longest at the first step."""
-    return *(part.weight for part in parts), max(tokens.vectors(part.schedules[0].cond).shape[-2] for part in parts)
+    return *(part.weight for part in parts), max(cond_rows.vectors(part.schedules[0].cond).shape[-2] for part in parts)
 
 
 def raise_if_nothing_to_score() -> None:
     load_checkpoint()
     if getattr(shared.sd_model, "sd_checkpoint_info", None) is None:
         raise BadRequest("memnoise: no checkpoint is loaded.")
-    raise_if_unsupported(Settings())
+    raise_if_unsupported(detect(), Settings())
 
 
 def score(request: Request) -> list[ScoredImage]:
@@ -237,7 +238,9 @@ def calibrate(request: Request, source: str = "built-in") -> tuple[Calibration, 
         except Mixed:
             found += [scored for prompt, seed in zip(part, seeds) for scored in run_probe(request, [prompt], [seed])]
     made = calibration.make(
-        calibrations.key(found[0].timestep, request.width, request.height), [scored.score for scored in found], source
+        calibrations.key(detect(), found[0].timestep, request.width, request.height),
+        [scored.score for scored in found],
+        source,
     )
     calibrations.store().save(made)
     return made, found
@@ -276,7 +279,7 @@ def verdict(score: float, rate: float, known: Calibration | None) -> str:
 def answer(request: Request, rate: float = RATE) -> dict[str, Any]:
     """`score`, with what the calibration says of it, as JSON. Without a calibration there is no verdict."""
     found = score(request)
-    known, notes = calibrations.serving(found[0].timestep, request.width, request.height)
+    known, notes = calibrations.serving(detect(), found[0].timestep, request.width, request.height)
     threshold = known.threshold(rate) if known else None
     images = [
         {

@@ -16,7 +16,7 @@ import gradio as gr
 from modules import call_queue, images, processing, shared
 
 from lib_memnoise.core.calibration import MOST, distinct
-from lib_memnoise.registry import METHODS
+from lib_memnoise.registry import METHODS, USUAL
 from lib_memnoise.settings import INFOTEXT
 from lib_memnoise.webui.failures import FAILED_CELLS
 from lib_memnoise.webui.services import json_request, scoring
@@ -132,9 +132,6 @@ class Page:
             **{JS: "memnoiseTask"},
         )
 
-
-USUAL = ("none", "static", "batch_wise", "per_sample")
-"""The methods compared if nothing else is asked for."""
 
 Answer = tuple[list[tuple[str, float]], str]
 """Words with their significance, and HTML."""

@@ -10,10 +10,10 @@ from modules import scripts
 from lib_memnoise.errors import echo
 from lib_memnoise.settings import SPECS, SettingError, deciders, from_text, is_used, misplaced, requirement, type_of
 from lib_memnoise.settings.axes import axis_values
-from lib_memnoise.webui.request import PLOT, SLOTS, Refusal, from_arguments, selected_script
+from lib_memnoise.webui.request import SLOTS, TITLE, Refusal, from_arguments, selected_script
+from lib_memnoise.webui.session import PLOT
 
 PREFIX = "[Memnoise] "
-TITLE = "Memnoise"
 
 
 def label(name: str) -> str:

@@ -1,0 +1,156 @@
+"""What happens to the noise of one pass, from settings to what its reports say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib_memnoise.core.calibration import Calibration
+from lib_memnoise.core.delta import Delta
+from lib_memnoise.core.guidance import ALWAYS, Start
+from lib_memnoise.core.report import Generation, ImageReport
+from lib_memnoise.errors import NotCalibrated
+from lib_memnoise.methods.pipeline import Choice, Initial, Outcome, mitigate
+from lib_memnoise.sampling.delta_predictor import DeltaPredictor
+from lib_memnoise.settings import ABSOLUTE, Settings, size_factor
+from lib_memnoise.webui.blank_prompts import blank_images
+from lib_memnoise.webui.checkpoint import checkpoint_preset
+from lib_memnoise.webui.gradients import run_leanly
+from lib_memnoise.webui.sampling_pass import SamplingPass
+from lib_memnoise.webui.services import calibrations
+
+
+def begin_second(first: ImageReport, settings: Settings) -> ImageReport:
+    """The report of an image's hires pass, which follows what was decided of the image in the first.
+
+    A score is taken at the first timestep of a sampler: at another one it means nothing beside the same threshold.
+    """
+    first.hires = second = ImageReport(left_alone=first.left_alone and not first.blank)
+    if settings.when == "flagged" and (first.threshold is None or first.blank):
+        second.note("the image was not scored in a first pass, so it counts as memorised")
+    return second
+
+
+def settings_of_second(current: SamplingPass, generation: Generation) -> Settings:
+    """The settings of a hires pass, whose preset is that of the checkpoint it is sampled with.
+
+    Where numbers are given, all of the first pass's hold, as its infotext has them: so it makes the same picture.
+    """
+    settings = generation.pinned or generation.settings
+    kinds = {ABSOLUTE.get(preset, preset) for preset in (checkpoint_preset(current.backend), generation.preset)}
+    if settings.preset != generation.settings.preset and len(kinds) > 1:
+        for report in current.reports:
+            report.note("some numbers were given, so all are the first pass's, whose checkpoint is of another kind")
+    return replace(settings, when="always")
+
+
+def leave_blank_alone(current: SamplingPass) -> None:
+    reports = current.reports
+    for image in blank_images(current.p, current.c, current.empty, current.reference):
+        reports[image].blank = reports[image].left_alone = True
+        reports[image].note("the prompt is empty, and there is nothing to adjust")
+
+
+def calibrated(current: SamplingPass, generation: Generation, settings: Settings, t: float) -> dict[str, Any] | None:
+    """The numbers of the checkpoint's calibration, where these settings take any and there is one.
+
+    Raises:
+        NotCalibrated: there is none, and they cannot do without.
+    """
+    follows = settings.preset == "calibrated" or settings.takes_from_calibration(
+        checkpoint_preset(current.backend)
+    ) != ("threshold",)
+    if not settings.is_by_score and not follows:
+        return None
+    height, width = (8 * side for side in current.noise.shape[-2:])
+    known, notes = calibrations.serving(current.backend, t, width, height)
+    where = f"at {width}x{height} and first timestep {t:g}"
+    if known is None and settings.preset == "calibrated":
+        raise NotCalibrated(f"the preset calibrated needs a calibration of this checkpoint {where}")
+    notes = [*generation.remarks, *notes]
+    if settings.is_by_score:
+        notes += doubts(known, settings, where)
+    for report in current.reports:
+        report.calibration = None if known is None else str(known)
+        for text in notes:
+            report.note(text)
+    factor = size_factor(current.noise[0].numel(), current.backend.kind)
+    return None if known is None else known.settings(factor, settings.false_positives)
+
+
+def doubts(known: Calibration | None, settings: Settings, where: str) -> list[str]:
+    """What keeps a calibration from telling which images are memorised."""
+    if known is None:
+        return [
+            f"the checkpoint is not calibrated {where}: memorised or not cannot be told, so that every image counts as "
+            "memorised"
+        ]
+    promise = known.promise(settings.false_positives)
+    return [str(promise)] if not promise.is_kept else []
+
+
+def adjusted(current: SamplingPass, predictor: DeltaPredictor, settings: Settings, context: Initial) -> Outcome:
+    """Score the images if that is asked for, and adjust those that are to be mitigated."""
+    reports = current.reports
+    evaluated: dict[int, Any] = {}
+
+    def with_gradient(x: Tensor, delta: Delta, context: Initial) -> Outcome:
+        assert isinstance(delta, DeltaPredictor)
+        return run_leanly(x, delta, settings, context)
+
+    def note_choice(choice: Choice | None, images: list[int]) -> None:
+        if choice is not None:
+            for i, report in enumerate(reports):
+                report.threshold, report.left_alone = choice.threshold, i not in images
+        elif settings.when == "flagged":
+            for report in reports:
+                report.threshold = None if settings.threshold is None else settings.threshold * context.factor(noise)
+        evaluated.update(predictor.cache.of_image)
+
+    noise = current.noise
+    outcome = mitigate(
+        noise,
+        predictor,
+        settings,
+        context,
+        images=[i for i, report in enumerate(reports) if not report.left_alone],
+        with_gradient=with_gradient,
+        on_choice=note_choice,
+    ).outcome
+    if torch.equal(outcome.x, noise) and not outcome.prompts:
+        # Nothing is to change, to the bit: rows are only spared where they were evaluated as the host would.
+        predictor.cache.of_image = evaluated
+    return outcome
+
+
+def note_effects(current: SamplingPass, settings: Settings, outcome: Outcome, starts: list[Start], t: float) -> None:
+    """Say of every image what took effect, and what cannot."""
+    fill_reports(current.reports, outcome)
+    guided = current.is_guided(settings)
+    for report, start in zip(current.reports, starts):
+        if not report.left_alone:
+            report.used = {**outcome.used, "T": t}
+        if start.tau < ALWAYS and not start.is_off(t):
+            name = "latest" if start.at_transition else "tau"
+            report.note(f"guidance is never off: the first timestep {t:g} is not above {name} {start.tau:g}")
+        if not guided and not report.left_alone:
+            report.note(f"the CFG scale {current.cfg_scale:g} is no guidance, so there is none to hold back")
+
+
+def fill_reports(reports: list[ImageReport], outcome: Outcome) -> None:
+    for name in ("before", "after", "steps", "norm"):
+        values = getattr(outcome, name)
+        if values is not None:
+            for report, value in zip(reports, values.tolist()):
+                if not report.left_alone:
+                    setattr(report, name, value)
+    for image, notes in outcome.notes.items():
+        for note in notes:
+            reports[image].note(note)
+    for image, reason in outcome.failed.items():
+        reports[image].failed = reason
+    for image, prompt in outcome.prompts.items():
+        reports[image].prompt = prompt.text

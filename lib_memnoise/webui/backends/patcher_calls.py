@@ -1,0 +1,151 @@
+"""What hosts that patch a U-Net hand its network, and what they call it by."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from modules import shared
+from torch import Tensor
+
+from lib_memnoise.sampling.backend import Composition
+from lib_memnoise.sampling.cond_rows import Cond, Conditions, vectors
+
+WRAPPER = "model_function_wrapper"
+"""The U-Net's option: a function that stands in front of the network."""
+BESIDE = ("transformer_options", "control", "control_model")
+"""What the network is given beside conditions."""
+COND, UNCOND = 0, 1
+"""How the host marks chunks of rows."""
+ELSEWHERE = 1 << 30
+"""Number of a row that is none of the step's own."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """The host's own functions, by what they do."""
+
+    evaluate: Callable[..., Any]
+    prepare: Callable[..., Any]
+    compile: Callable[..., Any]
+    compile_weighted: Callable[..., Any]
+    condition: Callable[..., Any]
+    hands_floor: bool
+    """NGMS's sigma is handed to the sampler, and odd steps go without; else it is an option, and even ones do."""
+
+
+@functools.cache
+def host() -> Host:
+    def has(*names: str) -> list[Any]:
+        return [importlib.import_module(name) for name in names]
+
+    with contextlib.suppress(ImportError):
+        sampling, condition = has("backend.sampling.sampling_function", "backend.sampling.condition")
+        return Host(
+            sampling.calc_cond_uncond_batch,
+            sampling.sampling_prepare,
+            condition.compile_conditions,
+            condition.compile_weighted_conditions,
+            condition.Condition,
+            hands_floor=True,
+        )
+    samplers, conds, sampler = has(
+        "ldm_patched.modules.samplers", "ldm_patched.modules.conds", "modules_forge.forge_sampler"
+    )
+    return Host(
+        samplers.calc_cond_uncond_batch,
+        sampler.sampling_prepare,
+        sampler.cond_from_a1111_to_patched_ldm,
+        sampler.cond_from_a1111_to_patched_ldm_weighted,
+        conds.CONDRegular,
+        hands_floor=False,
+    )
+
+
+def patcher() -> Any:
+    """The U-Net with the patches of the pass at hand."""
+    return shared.sd_model.forge_objects.unet
+
+
+def scaling(model: Any) -> Any:
+    """What converts between the network's inputs and outputs and the sampler's latents."""
+    return model.predictor if hasattr(model, "predictor") else model.model_sampling
+
+
+def gain(model: Any, sigma: Tensor) -> float:
+    """∂(denoised)/∂(native output) at a sigma `(1,)`: denoised latents are linear in the native output."""
+    one = torch.ones(1, 1, 1, 1, device=sigma.device)
+    return float(scaling(model).calculate_denoised(sigma, one, torch.zeros_like(one)))
+
+
+def as_heard(parts: Composition) -> Composition:
+    """The host pairs the k-th parts of all images: as many as the shortest prompt has, weighted as the last one's."""
+    count = min(len(own) for own in parts)
+    return [[(row, weight) for (row, _), (_, weight) in zip(own[:count], parts[-1])] for own in parts]
+
+
+def which_part(crossattn: Tensor, cond: Cond, rows_of_part: Sequence[list[int]]) -> int | None:
+    """Which part of the prompts a chunk of rows is. Of equal ones any will do."""
+    every = vectors(cond)
+    length = every.shape[1]
+    for k, rows in enumerate(rows_of_part):
+        expected = every[rows].to(crossattn)
+        if crossattn.shape[0] == len(rows) and torch.equal(crossattn[:, :length], expected):
+            return k
+    return None
+
+
+def contents(c: Mapping[str, Any]) -> Conditions:
+    """The conditions among what the network is given."""
+    return {key: value for key, value in c.items() if key not in BESIDE}
+
+
+def nested(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Every tensor in nested lists and dicts changed; the lists and dicts are new, for the network empties them."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: nested(entry, function) for key, entry in value.items()}
+    return [nested(entry, function) for entry in value] if isinstance(value, list) else value
+
+
+def marks_of(c: Mapping[str, Any], rows: int) -> list[int]:
+    """COND or UNCOND of each row."""
+    chunks = c["transformer_options"]["cond_or_uncond"]
+    return [mark for mark in chunks for _ in range(rows // len(chunks))]
+
+
+def some_rows(c: Mapping[str, Any], rows: Sequence[int], marks: Sequence[int] | None = None) -> dict[str, Any]:
+    """What the network is given for some rows, each a chunk of its own; `marks` instead of those they have."""
+    count = c["c_crossattn"].shape[0]
+
+    def take(value: Tensor) -> Tensor:
+        return value[list(rows)] if value.ndim and value.shape[0] == count else value
+
+    selected = {key: nested(value, take) for key, value in c.items() if key != "transformer_options"}
+    if marks is None:
+        every = marks_of(c, count)
+        marks = [every[row] for row in rows]
+    options = dict(c["transformer_options"])
+    options["cond_or_uncond"] = list(marks)
+    options["sigmas"] = options["sigmas"][:1]
+    if "cond_mark" in options:
+        options["cond_mark"] = options["cond_mark"].new_tensor([float(mark) for mark in marks])
+        options["cond_indices"] = [k for k, mark in enumerate(marks) if mark == COND]
+        options["uncond_indices"] = [k for k, mark in enumerate(marks) if mark != COND]
+    if "uuids" in options:
+        chunk = count // len(options["uuids"])
+        options["uuids"] = [options["uuids"][row // chunk] for row in rows]
+    return {**selected, "transformer_options": options}
+
+
+def call_behind(
+    inner: Callable[..., Tensor] | None, apply_model: Callable[..., Tensor], args: dict[str, Any]
+) -> Tensor:
+    """What a wrapper of the network stands before: another one, or the network."""
+    return apply_model(args["input"], args["timestep"], **args["c"]) if inner is None else inner(apply_model, args)

@@ -1,0 +1,42 @@
+"""The loaded checkpoint: what it is, and loading it."""
+
+from __future__ import annotations
+
+import contextlib
+
+from modules import sd_models, shared
+
+from lib_memnoise.errors import Unsupported
+from lib_memnoise.registry import METHODS
+from lib_memnoise.settings import Settings, preset_for
+from lib_memnoise.webui.backends.base import WebuiBackend
+
+
+def checkpoint_preset(backend: WebuiBackend) -> str:
+    """The preset that "auto" stands for."""
+    model = shared.sd_model
+    family = "sd1" if getattr(model, "is_sd1", False) else "sd2" if getattr(model, "is_sd2", False) else "other"
+    info = getattr(model, "sd_checkpoint_info", None)
+    return preset_for(parameterization=backend.kind, family=family, sha256=getattr(info, "sha256", None))
+
+
+def loads_late() -> bool:
+    """Whether the host loads the chosen checkpoint only when it generates, as Forge does."""
+    return hasattr(sd_models, "forge_model_reload")
+
+
+def load_checkpoint() -> None:
+    """Load the chosen checkpoint if that is not done yet; the caller holds the host's queue."""
+    if loads_late():
+        with contextlib.suppress(ValueError):  # there is none to choose
+            sd_models.forge_model_reload()
+
+
+def raise_if_unsupported(backend: WebuiBackend, settings: Settings) -> None:
+    if backend.kind == "flow":
+        raise Unsupported("flow models such as SD3 have no noise prediction that memnoise could adjust")
+    if METHODS[settings.method].needs_gradient and getattr(shared.cmd_opts, "lowvram", False):
+        raise Unsupported(
+            f"{METHODS[settings.method].label} needs gradients, which --lowvram does not allow; use --medvram "
+            "or batch-wise"
+        )

@@ -1,0 +1,131 @@
+"""One sampling pass of a generation: what travels together from the hook that begins it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from modules import prompt_parser
+from torch import Tensor
+
+from lib_memnoise.core.guidance import Start, make_start
+from lib_memnoise.core.report import ImageReport
+from lib_memnoise.methods.pipeline import Initial
+from lib_memnoise.sampling.cond_rows import Cond, select_rows, token_length
+from lib_memnoise.sampling.delta_predictor import DeltaPredictor
+from lib_memnoise.sampling.output_cache import OutputCache
+from lib_memnoise.settings import Settings
+from lib_memnoise.webui import tokens
+from lib_memnoise.webui.backends.base import WebuiBackend
+from lib_memnoise.webui.host_conditions import follows_negative, image_conditioning
+
+
+@dataclass(frozen=True)
+class SamplingPass:
+    """A pass as the host is about to sample it.
+
+    A hires fix generation has two; each with its own checkpoint, prompts, schedule and reports.
+    """
+
+    p: Any
+    """The host's processing object."""
+    x: Tensor
+    """Where sampling starts from a picture, its clean latent, else the noise, `(B, C, H, W)`."""
+    noise: Tensor
+    """The noise as drawn, `(B, C, H, W)`."""
+    c: Any
+    """The host's conditions of the prompts, all their steps and parts."""
+    uc: Any
+    """Those of the negative prompts; None in hosts that leave them out without guidance."""
+    backend: WebuiBackend
+    reports: list[ImageReport]
+    empty: Callable[[], Cond]
+    """Encodes the empty prompt."""
+    reference: str = "empty"
+    """What Δ is measured against: "empty" or "negative"."""
+
+    @property
+    def is_hires(self) -> bool:
+        return bool(getattr(self.p, "is_hr_pass", False))
+
+    @property
+    def texts(self) -> list[str]:
+        """The images' prompts."""
+        return list(self.p.hr_prompts if self.is_hires else self.p.prompts)
+
+    @property
+    def cfg_scale(self) -> float:
+        """The forks have one of its own for the hires pass."""
+        return float(self.p.hr_cfg if self.is_hires and hasattr(self.p, "hr_cfg") else self.p.cfg_scale)
+
+    @property
+    def follows_negative(self) -> bool:
+        """Whether the host's own unconditional rows are the wanted ones."""
+        return follows_negative(self.p, self.reference)
+
+    @property
+    def negative_is_empty(self) -> bool:
+        return follows_negative(self.p, "empty")
+
+    def predictor(self, *, as_host: bool = False) -> DeltaPredictor:
+        """Δ under the conditions of the first step.
+
+        `as_host`: what the host will ask for is evaluated as the host would, its unconditional rows as well.
+        """
+        p, x, backend, denoiser = self.p, self.x, self.backend, self.p.sampler.model_wrap_cfg
+        parts, given = prompt_parser.reconstruct_multicond_batch(self.c, 0)
+        parts = backend.composition(parts)
+        # A host may have no negative prompt where the CFG scale is no guidance.
+        negative = None if self.uc is None else prompt_parser.reconstruct_cond_batch(self.uc, 0)
+        same = self.follows_negative and negative is not None
+        uncond = negative if same else select_rows(self.empty(), [0] * len(parts))
+        cond, uncond = backend.padded(denoiser, given, uncond)
+        host_uncond = None
+        if as_host and negative is not None:
+            host_cond, negative = backend.padded(denoiser, given, negative)
+            if not same:
+                cond, host_uncond = host_cond, negative
+        step = backend.first_step(p, p.sampler, x)
+        calls: tuple[tuple[int, int], ...] = ()
+        if as_host and negative is not None:
+            rows = sum(len(part) for part in parts)
+            equal = token_length(cond) == token_length(negative)
+            calls = backend.first_calls(p, rows, len(parts), equal=equal, sigma=step.sigma)
+        backend.load(x)  # when all is encoded that has to be, which may take the network's place
+        return DeltaPredictor(
+            backend=backend,
+            step=step,
+            parts=parts,
+            cond=cond,
+            uncond=uncond,
+            image_cond=image_conditioning(p, x),
+            length=token_length(given),
+            reports=self.reports,
+            images=list(range(len(parts))),
+            cache=OutputCache(),
+            host_uncond=host_uncond,
+            calls=calls,
+        )
+
+    def context(self, predictor: DeltaPredictor) -> Initial:
+        """What a method may know of the batch besides its noise."""
+        t = predictor.step.t
+        return Initial(
+            self.backend.kind,
+            first=t,
+            alpha_bar=self.backend.alpha_bar(t),
+            seeds=list(self.p.seeds),
+            texts=self.texts,
+            vocabulary=tokens.Vocabulary,
+            tokens=lambda text: tokens.token_count(text, self.p.steps),
+        )
+
+    def is_guided(self, settings: Settings) -> bool:
+        """Whether there is guidance to hold back, or to turn around."""
+        return self.cfg_scale > 1 or (settings.start != "first" and bool(settings.opposite))
+
+    def starts(self, settings: Settings, t: float) -> list[Start]:
+        """When guidance starts, for every image, where the pass begins at the timestep t. A pass uses its own up."""
+        guided = self.is_guided(settings)
+        return [make_start(settings, t) if guided and not report.left_alone else Start() for report in self.reports]

@@ -1,0 +1,82 @@
+"""Every attribute that memnoise puts on an object of the host, who reads it, and when it goes.
+
+Methods of the host's objects are replaced for one generation: `p.init` and `p.sampler.sample` where a request is to
+fail, the network wrapper's `forward` and `inner_model` while a `WrapperGuider` is attached; and, for the life of the
+app, `init_script_args` of its API object (`payload`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from lib_memnoise.core.report import Generation
+from lib_memnoise.sampling.guider import Guider
+from lib_memnoise.settings import Settings
+
+GENERATION = "memnoise"
+OWNER = "memnoise_owner"
+LOOKS = "memnoise_looks"
+PLOT = "memnoise_plot"
+REFUSED = "memnoise_refused"
+FAILED_CELLS = "memnoise_failed_cells"
+GUIDER = "memnoise_guider"
+INNER = "memnoise_inner"
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One row of the inventory."""
+
+    on: str
+    holds: str
+    read_by: str
+    goes: str
+
+
+ATTRIBUTES = {
+    GENERATION: Attribute("p", "the `Generation`", "hooks, services.comparison", "with p, or its next generation"),
+    OWNER: Attribute("p", "a weak reference to p", "`generation_of`, which tells p from its copies", "with p"),
+    LOOKS: Attribute("p", "that ‖Δ‖ of the first step is wanted", "`begin_generation`", "with p"),
+    PLOT: Attribute("a plot cell's p", "what its axes set, by name", "request", "with the cell"),
+    REFUSED: Attribute("p", "why its plot was left out, so that p itself can say so", "request", "with p"),
+    FAILED_CELLS: Attribute("p, shared by its plot's cells", "why cells failed", "failures", "with p"),
+    GUIDER: Attribute("a denoiser", "the pass's `Guider`", "hooks.on_cfg_denoiser", "with its next pass"),
+    INNER: Attribute("the function before a U-Net", "what it stands before", "backends", "with the pass's U-Net"),
+}
+
+
+def clear(p: Any) -> None:
+    setattr(p, GENERATION, None)
+
+
+def begin_generation(p: Any, settings: Settings) -> None:
+    """Give p a generation of its own."""
+    generation = Generation(settings)
+    generation.looks_at_first = getattr(p, LOOKS, False)
+    setattr(p, GENERATION, generation)
+    setattr(p, OWNER, weakref.ref(p))
+
+
+def generation_of(p: Any) -> Generation | None:
+    """The generation that was begun for this very object; a copy's `memnoise` is the original's."""
+    generation: Generation | None = getattr(p, GENERATION, None)
+    return generation if generation is not None and getattr(p, OWNER)() is p else None
+
+
+def put_guider(denoiser: Any, guider: Guider) -> None:
+    setattr(denoiser, GUIDER, guider)
+
+
+def guider_of(denoiser: Any) -> Guider | None:
+    found: Guider | None = getattr(denoiser, GUIDER, None)
+    return found
+
+
+def remove_guider(denoiser: Any) -> None:
+    """Take the guider of an earlier pass off a denoiser that is used again."""
+    guider = guider_of(denoiser)
+    if guider is not None:
+        guider.detach()
+        delattr(denoiser, GUIDER)
