@@ -26,6 +26,8 @@ FIGURES = {
     "per_sample": "‖Δ‖ without guidance, per-sample (Figure 10)",
     "weight_decay": "per-sample's weight decay (Tables 1 and 2)",
 }
+METRICS = ("sscd", "clip", "lpips", "imagereward", "similarity", "alignment", "diversity")
+"""The metrics that a plan may name; `metrics.METRICS` has how they are measured."""
 MEASURED = ("adjustment", "methods", "weight_decay")
 """Figures whose images are measured by the metrics."""
 SEEDS = 2**32
@@ -321,8 +323,6 @@ def make(
             raise BadPlan(f"{name}, curves: there are two of the name {entry['name']!r}.")
         names.add(entry["name"])
         curves.append(_curve(entry, len(prompts), full["images"], points, name))
-    from lib_memnoise.lab.evaluation.metrics import METRICS
-
     for metric in full["metrics"]:
         if metric not in METRICS:
             raise BadPlan(f"{name}, metrics: {metric!r} is not known; known are {', '.join(METRICS)}.")
