@@ -21,7 +21,8 @@ from lib_memnoise.core.delta import magnitude, norm_ratio
 from lib_memnoise.lab.experiment import seed_of, subjects
 from lib_memnoise.lab.miniature.model import load_miniature
 from lib_memnoise.lab.simulator import FirstDelta, make_network, noises
-from lib_memnoise.methods.pipeline import Initial, run
+from lib_memnoise.methods.batch import BatchContext
+from lib_memnoise.methods.pipeline import run
 from lib_memnoise.settings import SIGMA_MAX, Settings
 
 READINGS = {
@@ -46,7 +47,7 @@ def main() -> None:
     print(f"{'':42} after/before  length")
     for name, (gamma, rho) in READINGS.items():
         settings = Settings(enabled=True, preset="custom", gamma=gamma, rho=rho, steps=4, tau=917.449)
-        moved = run(x, delta, settings.resolved("sd2_v"), Initial("v")).x
+        moved = run(x, delta, settings.resolved("sd2_v"), BatchContext("v")).x
         ratio = (magnitude(delta(moved)) / before).mean()
         print(f"{name:42} {ratio:12.2f} {norm_ratio(moved).mean():7.2f}")
 

@@ -80,7 +80,7 @@ def imports_of(name: str) -> set[str]:
 
 def part_of(name: str) -> str:
     """The part of the package that a module belongs to: its first name below the package."""
-    return name if name == "scripts" else (name.split(".") + [""])[1]
+    return name if name == "scripts" else ([*name.split("."), ""])[1]
 
 
 def level(layers: tuple[tuple[str, ...], ...], part: str) -> int:

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_memnoise.methods.pipeline import Initial, Outcome, run
+from lib_memnoise.methods.batch import BatchContext, Outcome
+from lib_memnoise.methods.pipeline import run
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import SPECS, from_mapping, is_used, type_of
 from tests.networks import noise
 from tests.test_methods import Spoken
 
 INITIAL = {
-    kind: Initial(
+    kind: BatchContext(
         kind, alpha_bar=0.0047, seeds=[3, 4], texts=["a fox", "snow, " * 80], vocabulary=lambda: ["zork", "quux"]
     )
     for kind in ("eps", "v")
@@ -92,9 +93,9 @@ def test_bounds_together(given: dict[str, Any]) -> None:
 
 
 def test_divin_without_its_gradient_measures_nothing() -> None:
-    x, initial = noise(2), INITIAL["eps"]
-    found = run(x, Spoken(2), from_mapping({"method": "divin", "temperature": 0}).resolved("sd1"), initial)
-    expected = 0.95 * x + math.sqrt(0.1) * torch.stack([initial.noise(x, image, 0) for image in range(2)])
+    x, context = noise(2), INITIAL["eps"]
+    found = run(x, Spoken(2), from_mapping({"method": "divin", "temperature": 0}).resolved("sd1"), context)
+    expected = 0.95 * x + math.sqrt(0.1) * torch.stack([context.noise(x, image, 0) for image in range(2)])
     torch.testing.assert_close(found.x, expected)
     assert found.before is None and not found.failed
 
@@ -102,8 +103,8 @@ def test_divin_without_its_gradient_measures_nothing() -> None:
 def test_divin_where_nothing_is_left_of_the_picture_is_refused() -> None:
     settings = from_mapping({"method": "divin"}).resolved("sd1")
     with pytest.raises(RuntimeError, match="at which something is left of the picture"):
-        run(noise(2), Spoken(2), settings, Initial("eps", alpha_bar=0.0, seeds=[1, 2]))
-    check(run(noise(2), Spoken(2), settings, Initial("v", alpha_bar=0.0, seeds=[1, 2])), noise(2))
+        run(noise(2), Spoken(2), settings, BatchContext("eps", alpha_bar=0.0, seeds=[1, 2]))
+    check(run(noise(2), Spoken(2), settings, BatchContext("v", alpha_bar=0.0, seeds=[1, 2])), noise(2))
 
 
 class Broken(Spoken):

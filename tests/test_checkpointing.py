@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lib_memnoise.core.delta import magnitude
 from lib_memnoise.lab.miniature.architecture import TEXT_WIDTH, make_unet
-from lib_memnoise.methods.pipeline import Initial, run, run_each
+from lib_memnoise.methods.batch import BatchContext
+from lib_memnoise.methods.pipeline import run, run_each
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.checkpointing import blocks, checkpointed
 from tests.networks import SmallDelta, noise
@@ -80,7 +81,7 @@ def test_blocks_are_as_before(unet: nn.Module, fails: bool) -> None:
 def test_one_image_at_a_time_is_the_same(settings: Settings) -> None:
     x, delta = noise(3), SmallDelta()
     settings = settings.resolved("sd1")
-    together, apart = (way(x, delta, settings, Initial("eps")) for way in (run, run_each))
+    together, apart = (way(x, delta, settings, BatchContext("eps")) for way in (run, run_each))
     torch.testing.assert_close(together.x, apart.x)
     for name in ("before", "after", "steps", "norm"):
         first, second = getattr(together, name), getattr(apart, name)
@@ -94,6 +95,6 @@ def test_one_image_at_a_time_tells_images_apart() -> None:
     x, delta = noise(3), SmallDelta()
     x[1] = float("nan")
     settings = Settings(enabled=True, method="per_sample", preset="custom", lr=0.02, target=0.0, max_steps=2)
-    together, apart = (way(x, delta, settings.resolved("sd1"), Initial("eps")) for way in (run, run_each))
+    together, apart = (way(x, delta, settings.resolved("sd1"), BatchContext("eps")) for way in (run, run_each))
     assert list(together.failed) == list(apart.failed) == [1]
     assert sorted(together.notes) == sorted(apart.notes) == [0, 2]

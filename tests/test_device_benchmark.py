@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from lib_memnoise.lab.experiment import subjects
 from lib_memnoise.lab.miniature.model import Miniature, load_miniature
 from lib_memnoise.lab.simulator import PER_SAMPLE, generate, noises
-from lib_memnoise.methods.pipeline import Initial, Outcome, run
+from lib_memnoise.methods.batch import BatchContext, Outcome
+from lib_memnoise.methods.pipeline import run
 from lib_memnoise.registry import METHODS
 from lib_memnoise.sampling.memory_mode import KEPT, Lean, first_attempt, run_from
 from lib_memnoise.settings import Settings
@@ -158,8 +159,8 @@ def test_float64_is_noticed() -> None:
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "prompt_embedding"])
 def test_latents_and_networks_in_half_precision_are_worked_on_in_float32(method: str) -> None:
     x, delta = noise(2).half(), SmallDelta(dtype=torch.float16)
-    initial = Initial("eps", alpha_bar=0.01, seeds=[1, 2], texts=["a fox", "an owl"], vocabulary=lambda: ["red"])
-    outcome = run(x, delta, asked(method).resolved("sd1"), initial)
+    context = BatchContext("eps", alpha_bar=0.01, seeds=[1, 2], texts=["a fox", "an owl"], vocabulary=lambda: ["red"])
+    outcome = run(x, delta, asked(method).resolved("sd1"), context)
     assert outcome.x.dtype == torch.float32 and torch.isfinite(outcome.x).all() and not outcome.failed
 
 
@@ -193,7 +194,7 @@ def walked(most: int, batch: int = 3, **given: Any) -> tuple[Outcome, list[str],
     emptied: list[None] = []
     settings = Settings(enabled=True, method="per_sample", preset="custom", lr=0.02, target=0.0, max_steps=2)
     outcome = run_from(
-        Lean.PLAIN, noise(batch), Scarce(most), settings.resolved("sd1"), Initial("eps"), unet=SmallDelta(),
+        Lean.PLAIN, noise(batch), Scarce(most), settings.resolved("sd1"), BatchContext("eps"), unet=SmallDelta(),
         empty=lambda: emptied.append(None), note=notes.append, **given,
     )  # fmt: skip
     return outcome, notes, len(emptied)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lib_memnoise.core.guidance import Start, guidance_off, make_start, transition_point
-from lib_memnoise.methods.pipeline import Initial, run
+from lib_memnoise.methods.batch import BatchContext
+from lib_memnoise.methods.pipeline import run
 from lib_memnoise.settings import from_mapping
 from tests.networks import SmallDelta, noise
 
@@ -105,7 +106,9 @@ def test_a_pass_that_begins_below_a_preset_s_tau_waits_for_its_share(
 ) -> None:
     settings = from_mapping(given).resolved(preset)
     assert make_start(settings, first).tau == pytest.approx(expected)
-    used = run(noise(1), SmallDelta(), replace(settings, method="none", guidance=settings.start), Initial("eps", first))
+    used = run(
+        noise(1), SmallDelta(), replace(settings, method="none", guidance=settings.start), BatchContext("eps", first)
+    )
     if settings.start != "first":
         assert used.used["tau" if settings.start == "tau" else "latest"] == make_start(settings, first).tau
         relative = expected not in (settings.tau, settings.latest)

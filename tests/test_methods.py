@@ -16,14 +16,15 @@ from torch import Tensor
 from lib_memnoise.core.delta import magnitude, select
 from lib_memnoise.lab.miniature.networks import TransformerBlock, UNet
 from lib_memnoise.methods import divin, noise_selection, prompt_embedding, random_tokens, sail
-from lib_memnoise.methods.pipeline import Initial, Outcome, Prompt, run, run_each, run_some
+from lib_memnoise.methods.batch import BatchContext, Outcome, Prompt
+from lib_memnoise.methods.pipeline import run, run_each, run_some
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import SettingError, Settings, from_mapping
 from lib_memnoise.torch_utils.cross_attention import PLAIN, Row, cross_attentions, scaled
 from tests.networks import SmallDelta, noise
 from tests.reference import adam, attention
 
-INITIAL = Initial(
+INITIAL = BatchContext(
     "eps", alpha_bar=0.3, seeds=[11, 12, 13, 14], texts=["a b", "c", "d e f", "g"], vocabulary=lambda: ["x"]
 )
 
@@ -42,7 +43,7 @@ def test_every_method_has_a_module_and_none_depends_on_the_batch() -> None:
             assert prompt.text == apart.prompts[image].text
             if prompt.vectors is not None:
                 torch.testing.assert_close(prompt.vectors, apart.prompts[image].vectors, atol=1e-5, rtol=1e-5)
-        some = run_some([1, 3], x, delta, INITIAL, lambda x, d, initial, chosen=chosen: run(x, d, chosen, initial))
+        some = run_some([1, 3], x, delta, INITIAL, lambda x, d, context, chosen=chosen: run(x, d, chosen, context))
         assert torch.equal(some.x[[0, 2]], x[[0, 2]])
         torch.testing.assert_close(some.x[[1, 3]], together.x[[1, 3]], atol=1e-5, rtol=1e-5)
         assert some.prompts.keys() == together.prompts.keys() & {1, 3}
@@ -57,7 +58,7 @@ WORDS = st.lists(st.sampled_from(["a", "fox", "(red", "hat:1.2)", "AND", ":0.5",
 def test_random_tokens_are_inserted_between_words(words: list[str], count: int, seed: int) -> None:
     words = ["a", *words]
     text = " ".join(words)
-    generator = Initial("eps", seeds=[seed]).generator(0)
+    generator = BatchContext("eps", seeds=[seed]).generator(0)
     found, added = random_tokens.insert(text, ["zork", "", "quux"], count, generator)
     assert len(added) == count and set(added) <= {"zork", "quux"}
     assert [word for word in found.split(" ") if word not in ("zork", "quux")] == words
@@ -65,7 +66,7 @@ def test_random_tokens_are_inserted_between_words(words: list[str], count: int, 
     for before, after in zip(found.split(" "), found.split(" ")[1:]):
         if after in ("AND", ":0.5", "BREAK"):
             assert before not in ("zork", "quux") or words[words.index(after) - 1] == before
-    again = random_tokens.insert(text, ["zork", "", "quux"], count, Initial("eps", seeds=[seed]).generator(0))
+    again = random_tokens.insert(text, ["zork", "", "quux"], count, BatchContext("eps", seeds=[seed]).generator(0))
     assert again == (found, added)
 
 
@@ -85,7 +86,7 @@ def test_random_tokens_are_inserted_between_words(words: list[str], count: int, 
 def test_random_tokens_leave_the_syntax_alone(text: str, never: list[str]) -> None:
     found = set()
     for seed in range(80):
-        one, _ = random_tokens.insert(text, ["zork"], 1, Initial("eps", seeds=[seed]).generator(0))
+        one, _ = random_tokens.insert(text, ["zork"], 1, BatchContext("eps", seeds=[seed]).generator(0))
         assert one.replace("zork ", "", 1) == text or one.removesuffix(" zork") == text
         assert not any(part in one for part in never), one
         found.add(one)
@@ -93,7 +94,7 @@ def test_random_tokens_leave_the_syntax_alone(text: str, never: list[str]) -> No
 
 
 def test_random_tokens_are_drawn_again_until_the_count_is_right() -> None:
-    initial = Initial(
+    context = BatchContext(
         "eps",
         seeds=[1, 2],
         texts=["a b", "c"],
@@ -101,9 +102,9 @@ def test_random_tokens_are_drawn_again_until_the_count_is_right() -> None:
         tokens=lambda t: len(t.split()),
     )
     settings = Settings(method="random_tokens", tokens=3).resolved("sd1")
-    for prompt in run(noise(2), SmallDelta(), settings, initial).prompts.values():
+    for prompt in run(noise(2), SmallDelta(), settings, context).prompts.values():
         assert prompt.text is not None and prompt.text.split().count("one") == 3 and "two" not in prompt.text
-    never = replace(initial, vocabulary=lambda: ["two pieces"])
+    never = replace(context, vocabulary=lambda: ["two pieces"])
     with pytest.raises(RuntimeError, match="exactly 3 more"):
         run(noise(2), SmallDelta(), settings, never)
 
@@ -112,7 +113,7 @@ def test_random_tokens_are_uniform_over_tokens_and_places() -> None:
     places: dict[int, int] = {}
     tokens: dict[str, int] = {}
     for seed in range(3000):
-        text, (token,) = random_tokens.insert("a b", ["u", "v", "w"], 1, Initial("eps", seeds=[seed]).generator(0))
+        text, (token,) = random_tokens.insert("a b", ["u", "v", "w"], 1, BatchContext("eps", seeds=[seed]).generator(0))
         places[text.split(" ").index(token)] = places.get(text.split(" ").index(token), 0) + 1
         tokens[token] = tokens.get(token, 0) + 1
     # binomial, n = 3000, p = 1/3: a standard deviation of 26
@@ -126,7 +127,7 @@ def test_a_text_encoder_without_vocabulary_is_refused() -> None:
             noise(1),
             SmallDelta(),
             Settings(method="random_tokens").resolved("sd1"),
-            Initial("eps", seeds=[1], texts=["a"]),
+            BatchContext("eps", seeds=[1], texts=["a"]),
         )
 
 
@@ -147,10 +148,10 @@ def test_what_is_drawn_is_noise_and_an_image_s_own() -> None:
 @settings(max_examples=20, deadline=None)
 def test_noise_selection_takes_the_least_of_all(seed: int, candidates: int) -> None:
     x, delta = noise(2, seed=seed), SmallDelta(seed=seed)
-    initial = Initial("eps", seeds=[seed, seed + 1])
-    best, before, after, chosen = noise_selection.adjust(x, delta, initial, candidates=candidates)
+    context = BatchContext("eps", seeds=[seed, seed + 1])
+    best, before, after, chosen = noise_selection.adjust(x, delta, context, candidates=candidates)
     for image in range(2):
-        every = [x[image], *(initial.noise(x, image, k) for k in range(1, candidates))]
+        every = [x[image], *(context.noise(x, image, k) for k in range(1, candidates))]
         sizes = [float(delta(one[None]).detach().norm()) for one in every]
         assert int(chosen[image]) == min(range(candidates), key=sizes.__getitem__)
         assert torch.equal(best[image], every[int(chosen[image])])
@@ -162,8 +163,8 @@ def test_noise_selection_takes_the_least_of_all(seed: int, candidates: int) -> N
 @pytest.mark.parametrize("kind", ["eps", "v"])
 def test_divin_is_one_langevin_step(kind: str) -> None:
     x, delta = noise(2).double(), SmallDelta().double()
-    initial = Initial(kind, alpha_bar=0.3, seeds=[1, 2])
-    found, before = divin.adjust(x, delta, initial, eta=0.05, temperature=0.6)
+    context = BatchContext(kind, alpha_bar=0.3, seeds=[1, 2])
+    found, before = divin.adjust(x, delta, context, eta=0.05, temperature=0.6)
     for image in range(2):
         leaf = x[image : image + 1].clone().requires_grad_()
 
@@ -174,7 +175,7 @@ def test_divin_is_one_langevin_step(kind: str) -> None:
         unconditional = torch.randn(1, 4, 8, 8, dtype=torch.float64)
         energy = (clean(unconditional + delta(leaf)) - clean(unconditional)).square().sum()
         (gradient,) = torch.autograd.grad(energy, leaf)
-        xi = initial.noise(x, image, 0)
+        xi = context.noise(x, image, 0)
         expected = x[image] - 0.05 * (0.6 * gradient[0] + x[image]) + math.sqrt(0.1) * xi
         torch.testing.assert_close(found[image], expected)
         assert math.isclose(before[image], float(delta(leaf).detach().norm()), rel_tol=1e-9)
@@ -184,7 +185,7 @@ def test_divin_is_one_langevin_step(kind: str) -> None:
 @settings(max_examples=15, deadline=None)
 def test_sail_agrees_with_its_loss_and_adam(seed: int, kind: str, fraction: float, redraws: int) -> None:
     x, delta = noise(2, seed=seed).double(), SmallDelta(seed=seed).double()
-    initial = Initial(kind, alpha_bar=0.3, seeds=[seed, 7])
+    context = BatchContext(kind, alpha_bar=0.3, seeds=[seed, 7])
 
     def loss(leaf: Tensor) -> Tensor:
         d = delta(leaf[None])
@@ -192,12 +193,12 @@ def test_sail_agrees_with_its_loss_and_adam(seed: int, kind: str, fraction: floa
         return (math.sqrt(0.3) if kind == "v" else 1.0) * probed.norm() + 0.05 * leaf.norm()
 
     target = fraction * float(loss(x[0]).detach())
-    found = sail.adjust(x, delta, initial, lr=0.05, alpha=0.05, target=target, max_steps=10, redraws=redraws)
+    found = sail.adjust(x, delta, context, lr=0.05, alpha=0.05, target=target, max_steps=10, redraws=redraws)
     for image in range(2):
         best: Any = (None, 0, math.inf)
         taken = 0
         for attempt in range(redraws + 1):
-            start = x[image] if attempt == 0 else initial.noise(x, image, attempt)
+            start = x[image] if attempt == 0 else context.noise(x, image, attempt)
             one = adam(loss, start, lr=0.05, target=target, most=10)
             taken += one[1]
             best = one if one[2] <= best[2] else best

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from lib_memnoise.core.delta import magnitude
 from lib_memnoise.core.progress import Progress
+from lib_memnoise.methods.batch import BatchContext
 from lib_memnoise.methods.descent import PATIENCE
 from lib_memnoise.methods.per_sample import adjust
-from lib_memnoise.methods.pipeline import Initial, run, run_each
+from lib_memnoise.methods.pipeline import run, run_each
 from lib_memnoise.settings import from_mapping
 from tests.networks import SmallDelta, noise
 from tests.reference import figure_7
@@ -236,7 +237,7 @@ def test_a_hopeless_descent_is_given_up_and_others_are_not() -> None:
 def test_the_product_gives_up_and_says_so() -> None:
     x = noise(2)
     settings = from_mapping({"method": "per_sample", "target": 0.02, "target_kind": "fraction", "lr": 0.0005})
-    outcome = run(x, SmallDelta(), settings.resolved("sd1"), Initial("eps"))
+    outcome = run(x, SmallDelta(), settings.resolved("sd1"), BatchContext("eps"))
     assert outcome.steps is not None and (outcome.steps == PATIENCE).all()
     assert outcome.notes[0] == [
         "the target was not reached in 30 steps, too slowly to reach it in 100, and the image has the best noise found"
@@ -256,8 +257,8 @@ def test_the_product_gives_up_and_says_so() -> None:
 @pytest.mark.parametrize("way", [run, run_each])
 def test_progress_never_goes_back(given: dict[str, Any], most: int, unit: str, way: Any) -> None:
     told: list[Progress] = []
-    initial = Initial("eps", seeds=[1, 2], tell=told.append)
-    way(noise(2), SmallDelta(), from_mapping(given).resolved("sd1"), initial)
+    context = BatchContext("eps", seeds=[1, 2], tell=told.append)
+    way(noise(2), SmallDelta(), from_mapping(given).resolved("sd1"), context)
     assert {progress.most for progress in told} == {most * (2 if way is run_each else 1)}
     done = [progress.done for progress in told]
     assert done == sorted(done) and done[-1] <= told[-1].most and {progress.unit for progress in told} == {unit}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.core.delta import magnitude
-from lib_memnoise.methods.pipeline import Initial, Outcome
+from lib_memnoise.methods.batch import BatchContext, Outcome
 from lib_memnoise.sampling.memory_mode import Lean, run_from
 from lib_memnoise.torch_utils.oom import is_out_of_memory
 from on_device.methods import METHODS, PER_SAMPLE, first_delta, generate
@@ -44,7 +44,7 @@ def walk(model: Model, x: Tensor, lean: Lean) -> tuple[Outcome, list[str], list[
         x,
         delta,
         replace(settings, max_steps=STEPS),
-        Initial("eps"),
+        BatchContext("eps"),
         unet=model.unet,
         empty=settle,
         note=notes.append,

@@ -15,7 +15,8 @@ from lib_memnoise.core.guidance import Start, make_start
 from lib_memnoise.lab import simulator
 from lib_memnoise.lab.sampling import ddim_timesteps, follow
 from lib_memnoise.methods import batch_wise
-from lib_memnoise.methods.pipeline import Initial, Outcome, run
+from lib_memnoise.methods.batch import BatchContext, Outcome
+from lib_memnoise.methods.pipeline import run
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.checkpointing import checkpointed
 from on_device.shapes import Model
@@ -27,12 +28,12 @@ BETA = 0.31
 GAMMA, RHO = 0.7, 50.0
 """Algorithm 1's on SD 1.4."""
 
-Way = Callable[[Tensor, Delta, Initial, int], Outcome]
+Way = Callable[[Tensor, Delta, BatchContext, int], Outcome]
 """`way(x, delta, initial, work)`: adjust by this many steps."""
 
 
 @torch.no_grad()
-def repulsion(x: Tensor, delta: Delta, initial: Initial, work: int) -> Outcome:
+def repulsion(x: Tensor, delta: Delta, context: BatchContext, work: int) -> Outcome:
     """x̃ = ‖x‖ · (x + β√d·Δ/‖Δ‖) / ‖x + β√d·Δ/‖Δ‖‖. A prototype: the product does not have it yet."""
     x = working_precision(x)
     prediction = delta(x).to(x.dtype)
@@ -40,17 +41,17 @@ def repulsion(x: Tensor, delta: Delta, initial: Initial, work: int) -> Outcome:
     return Outcome(away * per_image(magnitude(x) / magnitude(away)))
 
 
-def forward_descent(x: Tensor, delta: Delta, initial: Initial, work: int) -> Outcome:
+def forward_descent(x: Tensor, delta: Delta, context: BatchContext, work: int) -> Outcome:
     """Algorithm 1's step `work` times, guidance on from the start. A prototype: it has no target yet."""
-    return Outcome(batch_wise.adjust(x, delta, gamma=GAMMA, rho=RHO * initial.factor(x), steps=work))
+    return Outcome(batch_wise.adjust(x, delta, gamma=GAMMA, rho=RHO * context.factor(x), steps=work))
 
 
 def product(settings: Settings, steps: str = "") -> Way:
     """A method of the product; `steps` is the setting that says how many steps it takes."""
 
-    def way(x: Tensor, delta: Delta, initial: Initial, work: int) -> Outcome:
+    def way(x: Tensor, delta: Delta, context: BatchContext, work: int) -> Outcome:
         asked = settings.resolved("sd1")
-        return run(x, delta, replace(asked, **{steps: work}) if steps else asked, initial)
+        return run(x, delta, replace(asked, **{steps: work}) if steps else asked, context)
 
     return way
 
@@ -144,7 +145,7 @@ def generate(model: Model, x: Tensor, method: Method, *, work: int | None = None
     adjusted, outcome = x, None
     if method.way is not None:
         with checkpointed(model.unet) if method.lean else contextlib.nullcontext():
-            outcome = method.way(x, delta, Initial("eps"), method.work if work is None else work)
+            outcome = method.way(x, delta, BatchContext("eps"), method.work if work is None else work)
         adjusted = outcome.x
     starts = [make_start(BATCH_WISE.resolved("sd1"), 981.0) if method.late else Start() for _ in range(len(x))]
     guided = simulator.Guided(delta.network, starts)

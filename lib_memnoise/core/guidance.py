@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lib_memnoise.settings import Settings
+from lib_memnoise.settings import ResolvedSettings
 
 TIMESTEP_ROUNDING = 0.01
 """A timestep recovered from a float32 sigma is off by up to about 1e-3, and published values of τ are rounded to
@@ -62,7 +62,7 @@ class Start:
         return guidance_off(timestep, self.tau)
 
 
-def start_timestep(settings: Settings, first: float) -> tuple[float, float | None]:
+def start_timestep(settings: ResolvedSettings, first: float) -> tuple[float, float | None]:
     """τ, or the latest timestep of a transition, in a pass that begins at the timestep `first`.
 
     Args:
@@ -80,7 +80,7 @@ def start_timestep(settings: Settings, first: float) -> tuple[float, float | Non
     return share * first, share
 
 
-def make_start(settings: Settings, first: float) -> Start:
+def make_start(settings: ResolvedSettings, first: float) -> Start:
     """The start of guidance that resolved settings ask for, in a pass that begins at the timestep `first`."""
     if settings.start == "first":
         return Start()

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lib_memnoise.core.delta import Delta, magnitude
-from lib_memnoise.core.guidance import Start, make_start
+from lib_memnoise.core.delta import magnitude
+from lib_memnoise.core.guidance import Start
+from lib_memnoise.core.report import ImageReport
 from lib_memnoise.lab.miniature.architecture import SHAPE
 from lib_memnoise.lab.miniature.text import END, UNKNOWN, token_ids, vocabulary, words
 from lib_memnoise.lab.samplers import SAMPLERS
 from lib_memnoise.lab.sampling import alpha_bar
-from lib_memnoise.methods.pipeline import Initial, Outcome, Prompt, Scored, choose, run, run_some
-from lib_memnoise.registry import METHODS
+from lib_memnoise.methods.batch import BatchContext, Outcome, Prompt
+from lib_memnoise.methods.pipeline import mitigate
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.cross_attention import PLAIN, Row, scaled
 
@@ -296,12 +297,8 @@ def generate(
     outcome, adjusted = None, x
     starts = [Start() for _ in captions]
     if settings.enabled:
-        settings = settings.resolved(PRESETS[model.parameterization])
-        delta = FirstDelta(network, sampler, steps)
-        # As in the WebUI, an image whose prompt is empty is left alone.
-        flagged = [i for i, caption in enumerate(captions) if caption.strip()]
         _, first = SAMPLERS[sampler].first(x, steps)
-        initial = Initial(
+        context = BatchContext(
             model.parameterization,
             first=first,
             alpha_bar=alpha_bar(round(first)),
@@ -309,23 +306,16 @@ def generate(
             texts=captions,
             vocabulary=lambda: [word for word in vocabulary() if word.isalpha()],
         )
-
-        def way(x: Tensor, delta: Delta, initial: Initial) -> Outcome:
-            return run(x, delta, settings, initial)
-
-        if settings.when == "flagged":
-            choice = choose(x, delta, settings, initial)
-            flagged = [i for i in flagged if i in choice.images]
-            # With a gradient, what is known of the score is of no use.
-            known = delta if METHODS[settings.method].needs_gradient else Scored(delta, choice.known)
-            outcome = run_some(flagged, x, known, initial, way)
-        elif len(flagged) < len(x):
-            outcome = run_some(flagged, x, delta, initial, way)
-        else:
-            outcome = way(x, delta, initial)
-        adjusted = outcome.x
-        network = network.hearing(captions, outcome.prompts)
-        starts = [make_start(settings, first) if i in flagged else Start() for i in range(len(x))]
+        mitigated = mitigate(
+            x,
+            FirstDelta(network, sampler, steps),
+            settings.resolved(PRESETS[model.parameterization]),
+            context,
+            # As in the WebUI, an image whose prompt is empty is left alone.
+            reports=[ImageReport(left_alone=not caption.strip()) for caption in captions],
+        )
+        outcome, starts = mitigated.outcome, mitigated.starts
+        adjusted, network = outcome.x, network.hearing(captions, outcome.prompts)
     guided = Guided(network, starts, cfg, looking)
     latents = SAMPLERS[sampler].sample(guided, adjusted, steps, model.parameterization)
     with torch.no_grad():

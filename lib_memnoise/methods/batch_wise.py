@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, magnitude, per_image, working_precision
 from lib_memnoise.core.progress import Progress, Tell, untold
-from lib_memnoise.methods.pipeline import Initial, Outcome
-from lib_memnoise.settings import Settings
+from lib_memnoise.methods.batch import BatchContext, Outcome
+from lib_memnoise.settings import ResolvedSettings
 
 
 @torch.no_grad()
@@ -44,11 +44,11 @@ def adjust(x: Tensor, delta: Delta, *, gamma: float, rho: float, steps: int, tel
     return x
 
 
-def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
     """`adjust` with resolved settings; ρ is scaled to the size of the latent."""
     assert settings.gamma is not None and settings.rho is not None and settings.steps is not None
-    factor = initial.factor(x)
+    factor = context.factor(x)
     return Outcome(
-        adjust(x, delta, gamma=settings.gamma, rho=settings.rho * factor, steps=settings.steps, tell=initial.tell),
+        adjust(x, delta, gamma=settings.gamma, rho=settings.rho * factor, steps=settings.steps, tell=context.tell),
         used={"gamma": settings.gamma, "rho": settings.rho * factor, "steps": settings.steps},
     )

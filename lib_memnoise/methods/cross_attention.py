@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, working_precision
-from lib_memnoise.methods.pipeline import Initial, Outcome, Prompt
-from lib_memnoise.settings import Settings
+from lib_memnoise.methods.batch import BatchContext, Outcome, Prompt
+from lib_memnoise.settings import ResolvedSettings
 from lib_memnoise.torch_utils.cross_attention import Attention
 
 
-def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
     """The noise as it is, and every image's prompt heard with other attention, in every step.
 
     Only the conditional rows are; the authors' code masks the padding of the unconditional row as well.

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, magnitude, per_image, working_precision
+from lib_memnoise.methods.batch import BatchContext, Outcome
 from lib_memnoise.methods.descent import gradients
-from lib_memnoise.methods.pipeline import Initial, Outcome
-from lib_memnoise.settings import Settings
+from lib_memnoise.settings import ResolvedSettings
 
 
 def adjust(
-    x: Tensor, delta: Delta, initial: Initial, *, eta: float, temperature: float
+    x: Tensor, delta: Delta, context: BatchContext, *, eta: float, temperature: float
 ) -> tuple[Tensor, Tensor | None]:
     """x ← x − η (τ ∇U(x) + x) + √(2η) ξ with U = ‖x̂_0(y) − x̂_0(y_null)‖², ξ Gaussian from the image's seed.
 
@@ -38,15 +38,15 @@ def adjust(
     if eta == 0:
         with torch.no_grad():
             return start, magnitude(delta(start).to(start.dtype))
-    noise = torch.stack([initial.noise(start, image, 0) for image in range(len(start))])
+    noise = torch.stack([context.noise(start, image, 0) for image in range(len(start))])
     if temperature == 0:
         return start - eta * start + (2 * eta) ** 0.5 * noise, None
-    a = initial.alpha_bar
-    if a == 0 and initial.parameterization != "v":
+    a = context.alpha_bar
+    if a == 0 and context.parameterization != "v":
         raise RuntimeError(
             "DivIn needs a first timestep at which something is left of the picture, and here nothing is"
         )
-    scale = 1 - a if initial.parameterization == "v" else (1 - a) / a
+    scale = 1 - a if context.parameterization == "v" else (1 - a) / a
     latent = start.clone().requires_grad_()
     with torch.enable_grad():
         value = magnitude(delta(latent).to(start.dtype))
@@ -57,6 +57,6 @@ def adjust(
     return start - eta * (temperature * gradient + start) + (2 * eta) ** 0.5 * noise, value
 
 
-def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
-    latents, before = adjust(x, delta, initial, eta=settings.eta, temperature=settings.temperature)
+def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
+    latents, before = adjust(x, delta, context, eta=settings.eta, temperature=settings.temperature)
     return Outcome(latents, before=before, used={"eta": settings.eta, "temperature": settings.temperature})

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, magnitude, per_image, working_precision
 from lib_memnoise.core.progress import Progress
-from lib_memnoise.methods.pipeline import Initial, Outcome
-from lib_memnoise.settings import Settings
+from lib_memnoise.methods.batch import BatchContext, Outcome
+from lib_memnoise.settings import ResolvedSettings
 
 
 @torch.no_grad()
-def adjust(x: Tensor, delta: Delta, initial: Initial, *, candidates: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def adjust(x: Tensor, delta: Delta, context: BatchContext, *, candidates: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose among the noise as drawn and `candidates − 1` others from each image's seed.
 
     Args:
@@ -31,16 +31,16 @@ def adjust(x: Tensor, delta: Delta, initial: Initial, *, candidates: int) -> tup
     best, before = x.clone(), magnitude(delta(x).to(x.dtype))
     least, chosen = before.clone(), torch.zeros(len(x), dtype=torch.long, device=x.device)
     for k in range(1, candidates):
-        other = torch.stack([initial.noise(x, image, k) for image in range(len(x))])
+        other = torch.stack([context.noise(x, image, k) for image in range(len(x))])
         value = magnitude(delta(other).to(x.dtype))
         better = value < least
         best, least = torch.where(per_image(better), other, best), torch.where(better, value, least)
         chosen = torch.where(better, k, chosen)
-        initial.tell(Progress(k + 1, candidates, "noise", len(x)))
+        context.tell(Progress(k + 1, candidates, "noise", len(x)))
     return best, before, least, chosen
 
 
-def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
-    best, before, after, chosen = adjust(x, delta, initial, candidates=settings.candidates)
+def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
+    best, before, after, chosen = adjust(x, delta, context, candidates=settings.candidates)
     notes = {image: [f"noise {k} of {settings.candidates} was chosen"] for image, k in enumerate(chosen.tolist()) if k}
     return Outcome(best, before=before, after=after, used={"candidates": settings.candidates}, notes=notes)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, working_precision
-from lib_memnoise.methods.pipeline import Initial, Outcome
-from lib_memnoise.settings import Settings
+from lib_memnoise.methods.batch import BatchContext, Outcome
+from lib_memnoise.settings import ResolvedSettings
 
 
-def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
     return Outcome(working_precision(x))

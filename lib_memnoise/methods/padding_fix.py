@@ -8,11 +8,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, working_precision
-from lib_memnoise.methods.pipeline import Initial, Outcome, Prompt
-from lib_memnoise.settings import Settings
+from lib_memnoise.methods.batch import BatchContext, Outcome, Prompt
+from lib_memnoise.settings import ResolvedSettings
 
 
-def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
     """The noise as it is, and every image's prompt encoded otherwise."""
     prompt = Prompt(pad_zero=settings.padding != "end", zero_end=settings.padding != "pad")
     return Outcome(

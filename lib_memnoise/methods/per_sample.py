@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, magnitude, select, working_precision
 from lib_memnoise.core.progress import Tell, untold
+from lib_memnoise.methods.batch import BatchContext, Outcome, aimed, missed
 from lib_memnoise.methods.descent import PATIENCE, descend
-from lib_memnoise.methods.pipeline import Initial, Outcome, aimed, missed
-from lib_memnoise.settings import Settings
+from lib_memnoise.settings import ResolvedSettings
 
 
 class Adjusted(NamedTuple):
@@ -114,10 +114,10 @@ def adjust(
     return Adjusted(torch.stack(found.best), found.steps, found.before, found.after, found.reached, found.hopeless)
 
 
-def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
     """`adjust` with resolved settings; an absolute target is scaled to the size of the latent."""
     assert settings.lr is not None and settings.max_steps is not None
-    target, used = aimed(settings, initial.factor(x))
+    target, used = aimed(settings, context.factor(x))
     result = adjust(
         x,
         delta,
@@ -126,7 +126,7 @@ def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> O
         max_steps=settings.max_steps,
         weight_decay=settings.weight_decay,
         rule=settings.rule,
-        tell=initial.tell,
+        tell=context.tell,
         patience=PATIENCE,
     )
     return Outcome(

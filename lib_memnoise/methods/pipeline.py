@@ -1,132 +1,22 @@
-"""What a mitigation did to a batch of initial latents, and the one way to run it."""
+"""The one pipeline: score, choose, adjust, and when guidance starts. Every front end calls `mitigate`."""
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lib_memnoise.core.delta import NORM_BOUND, Delta, magnitude, norm_ratio, select, working_precision
-from lib_memnoise.core.guidance import ALWAYS, start_timestep
-from lib_memnoise.core.progress import Tell, part, untold
+from lib_memnoise.core.guidance import ALWAYS, Start, make_start, start_timestep
+from lib_memnoise.core.progress import part
+from lib_memnoise.core.report import ImageReport
+from lib_memnoise.methods.batch import BatchContext, Outcome
 from lib_memnoise.registry import METHODS
-from lib_memnoise.settings import Settings, size_factor
-from lib_memnoise.torch_utils.cross_attention import Attention
-
-
-@dataclass(frozen=True)
-class Initial:
-    """What a method may know of a batch besides its latents and Δ."""
-
-    parameterization: str
-    """"eps" or "v": the network's native output, in which Δ is measured."""
-    first: float = ALWAYS
-    """T: the timestep of the first step."""
-    alpha_bar: float = 0.0
-    """ᾱ_T: the share of the clean picture's variance at the first timestep."""
-    seeds: Sequence[int] = ()
-    """Of each image: what a method draws comes from it, so that the image can be made again."""
-    texts: Sequence[str] = ()
-    """Of each image: its prompt at the first step."""
-    vocabulary: Callable[[], Sequence[str]] = tuple
-    """The text encoder's ordinary tokens, as text; "" for one that is not what it is written as."""
-    tokens: Callable[[str], int | None] = lambda text: None
-    """How many tokens a prompt is encoded to at the first step; None where that cannot be told."""
-    tell: Tell = untold
-    """Is told how far a method is that takes its time."""
-
-    def factor(self, x: Tensor) -> float:
-        """By which ρ and an absolute target scale."""
-        return size_factor(x[0].numel(), self.parameterization)
-
-    def select(self, images: Sequence[int]) -> Initial:
-        return replace(
-            self,
-            seeds=[self.seeds[i] for i in images] if self.seeds else (),
-            texts=[self.texts[i] for i in images] if self.texts else (),
-        )
-
-    def generator(self, image: int, *purpose: int) -> torch.Generator:
-        """Random numbers of an image's own, independent of those that its noise was drawn with."""
-        state = np.random.SeedSequence([self.seeds[image] % 2**64, *purpose]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
-
-    def noise(self, x: Tensor, image: int, *purpose: int) -> Tensor:
-        """Gaussian noise `(C, H, W)` from an image's seed, like that image of x; drawn on the CPU on any device."""
-        return torch.randn(x.shape[1:], generator=self.generator(image, *purpose)).to(x)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the network hears of an image instead of its prompt, in every step."""
-
-    text: str | None = None
-    """Another text."""
-    pad_zero: bool = False
-    """Token 0 pads it, and the negative prompt, instead of the end token."""
-    zero_end: bool = False
-    """The vector at its end token is zero."""
-    vectors: Tensor | None = None
-    """Other vectors `(parts, tokens, width)`."""
-    attention: Attention | None = None
-
-
-@dataclass
-class Outcome:
-    """Adjusted latents `x` `(B, C, H, W)` and, where a method knows them, what it measured, `(B,)` each."""
-
-    x: Tensor
-    before: Tensor | None = None
-    after: Tensor | None = None
-    steps: Tensor | None = None
-    norm: Tensor | None = None
-    """‖x̃_T‖/√d."""
-    used: dict[str, object] = field(default_factory=dict)
-    """The values that took effect, after presets and scaling."""
-    notes: dict[int, list[str]] = field(default_factory=dict)
-    failed: dict[int, str] = field(default_factory=dict)
-    """Images whose latent could not be adjusted and is as it was."""
-    prompts: dict[int, Prompt] = field(default_factory=dict)
-    """Images whose prompt is heard otherwise."""
-
-
-def aimed(settings: Settings, factor: float) -> tuple[float | Callable[[Tensor], Tensor], object]:
-    """The target that resolved settings ask for, as the methods' `adjust` takes it, and how metadata show it."""
-    assert settings.target is not None
-    value = settings.target
-    if settings.target_kind == "fraction":
-        return (lambda before: value * before), f"{value:g}x"
-    return value * factor, value * factor
-
-
-class Ended(Protocol):
-    """How the descents of a batch ended, `(B,)` each."""
-
-    @property
-    def reached(self) -> Tensor: ...
-
-    @property
-    def hopeless(self) -> Tensor: ...
-
-    @property
-    def steps(self) -> Tensor: ...
-
-
-def missed(ended: Ended, what: str, most: int) -> dict[int, list[str]]:
-    """A note for each image that has not reached its target."""
-    notes = {}
-    for image, (ok, far, taken) in enumerate(
-        zip(ended.reached.tolist(), ended.hopeless.tolist(), ended.steps.tolist())
-    ):
-        if not ok:
-            why = f", too slowly to reach it in {most}," if far else ""
-            notes[image] = [f"the target was not reached in {taken} steps{why} and the image has the best {what} found"]
-    return notes
+from lib_memnoise.settings import ResolvedSettings, Settings
 
 
 def only_measures(settings: Settings) -> bool:
@@ -142,7 +32,7 @@ def only_measures(settings: Settings) -> bool:
     }.get(s.method, False)
 
 
-def run(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+def run(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
     """Mitigate by the chosen method; what every host and the command line call.
 
     Args:
@@ -150,10 +40,12 @@ def run(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcom
         delta: Δ(x, T); see the methods' own `adjust` for what they ask of it.
         settings: resolved settings (`Settings.resolved`).
     """
+    if not isinstance(settings, ResolvedSettings):
+        raise TypeError("settings are to be resolved first (`Settings.resolved`)")
     module = importlib.import_module(f"lib_memnoise.methods.{METHODS[settings.method].module or settings.method}")
-    outcome: Outcome = module.mitigate(x, delta, settings, initial)
+    outcome: Outcome = module.mitigate(x, delta, settings, context)
     if settings.start != "first":
-        tau, share = start_timestep(settings, initial.first)
+        tau, share = start_timestep(settings, context.first)
         outcome.used["tau" if settings.start == "tau" else "latest"] = tau
         if share is not None:
             outcome.used["tau_share"] = share
@@ -204,7 +96,7 @@ class Choice:
 
 
 @torch.no_grad()
-def choose(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Choice:
+def choose(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Choice:
     """Evaluate Δ(x_T, T) once, by two network rows an image, and choose by it if the settings say so.
 
     Chosen are the images whose score is above the threshold, and those whose score is not finite; all where there is no
@@ -214,7 +106,7 @@ def choose(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Cho
     known = Score(x, delta(x).to(x.dtype))
     if settings.when != "flagged" or settings.threshold is None:
         return Choice(known, None, list(range(len(x))))
-    threshold = settings.threshold * initial.factor(x)
+    threshold = settings.threshold * context.factor(x)
     return Choice(known, threshold, [i for i, value in enumerate(known.values.tolist()) if not value <= threshold])
 
 
@@ -236,17 +128,17 @@ class Scored:
         )
 
 
-Runner = Callable[[Tensor, Delta, Initial], Outcome]
+Runner = Callable[[Tensor, Delta, BatchContext], Outcome]
 """`run` with its settings, or another that mitigates everything it is given."""
 
 
-def run_some(images: Sequence[int], x: Tensor, delta: Delta, initial: Initial, runner: Runner) -> Outcome:
+def run_some(images: Sequence[int], x: Tensor, delta: Delta, context: BatchContext, runner: Runner) -> Outcome:
     """Mitigate these images of a batch and leave the others as they are."""
     images = list(images)
     outcome = Outcome(working_precision(x))
     if not images:
         return outcome
-    part = runner(x[images], select(delta, images), initial.select(images))
+    part = runner(x[images], select(delta, images), context.select(images))
     outcome.x[images] = part.x
     for name in ("before", "after", "steps", "norm"):
         values = getattr(part, name)
@@ -263,13 +155,12 @@ def run_some(images: Sequence[int], x: Tensor, delta: Delta, initial: Initial, r
 
 @dataclass
 class Mitigated:
-    """What became of a batch."""
+    """What became of a batch: its noise is `outcome.x`."""
 
     outcome: Outcome
-    images: list[int]
-    """The images that were mitigated; the others are as they were."""
-    choice: Choice | None
-    """The scores by which they were chosen; None: nothing was scored first."""
+    starts: list[Start]
+    """When guidance starts, for each image. A sampling uses them up; `starts` makes others."""
+    reports: list[ImageReport]
 
 
 def is_measured_first(settings: Settings) -> bool:
@@ -277,34 +168,60 @@ def is_measured_first(settings: Settings) -> bool:
     return settings.when == "flagged" or only_measures(settings)
 
 
+def starts_of(
+    reports: Sequence[ImageReport], settings: ResolvedSettings, first: float, guidance: float = math.inf
+) -> list[Start]:
+    """When guidance starts, for every image of a pass that begins at the timestep `first`.
+
+    Args:
+        guidance: the scale w of ε_uncond + w·Δ: up to 1 there is none to hold back.
+    """
+    guided = is_guided(settings, guidance)
+    return [make_start(settings, first) if guided and not report.left_alone else Start() for report in reports]
+
+
+def is_guided(settings: ResolvedSettings, guidance: float) -> bool:
+    """Whether there is guidance to hold back, or to turn around."""
+    return guidance > 1 or (settings.start != "first" and bool(settings.opposite))
+
+
 def mitigate(
     x: Tensor,
     delta: Delta,
-    settings: Settings,
-    context: Initial,
+    settings: ResolvedSettings,
+    context: BatchContext,
     *,
-    images: Sequence[int] | None = None,
+    reports: Sequence[ImageReport],
+    guidance: float = math.inf,
     with_gradient: Runner | None = None,
-    on_choice: Callable[[Choice | None, list[int]], object] = lambda choice, images: None,
+    on_choice: Callable[[], object] = lambda: None,
+    on_outcome: Callable[[Outcome], object] = lambda outcome: None,
 ) -> Mitigated:
-    """Score the images if that is asked for, choose by it, and adjust the chosen ones: what every front end calls.
+    """Score the images if that is asked for, choose by it, adjust the chosen ones: what every front end calls.
 
     Args:
         x: initial latents x_T, `(B, C, H, W)`, unit variance.
         delta: Δ(x, T); see the methods' own `adjust` for what they ask of it.
-        settings: resolved settings (`Settings.resolved`).
-        images: the images in question; None: all.
+        reports: one for each image; images that are `left_alone` already stay as they are. Filled in with everything
+            but network rows, which whoever evaluates the network counts.
+        guidance: the scale w of ε_uncond + w·Δ.
         with_gradient: runs a method that needs gradients; None: `run`.
-        on_choice: told of the choice and of the images to be mitigated, before anything is adjusted.
+        on_choice: called when the images are chosen, before anything is adjusted.
+        on_outcome: called with what the method did, before reports say so; what it raises leaves them without.
     """
-    images = list(range(len(x)) if images is None else images)
+    images = [i for i, report in enumerate(reports) if not report.left_alone]
     choice = None
     if is_measured_first(settings) and images:
         choice = choose(x, delta, settings, context)
         images = [i for i in images if i in choice.images]
-    on_choice(choice, images)
+        for i, report in enumerate(reports):
+            report.threshold, report.left_alone = choice.threshold, i not in images
+    elif settings.when == "flagged":
+        for report in reports:
+            report.threshold = None if settings.threshold is None else settings.threshold * context.factor(x)
+    on_choice()
 
-    def runner(x: Tensor, delta: Delta, context: Initial) -> Outcome:
+    def runner(x: Tensor, delta: Delta, context: BatchContext) -> Outcome:
         return run(x, delta, settings, context)
 
     if METHODS[settings.method].needs_gradient and not only_measures(settings):
@@ -314,17 +231,51 @@ def mitigate(
         asked, chosen = delta if choice is None else Scored(delta, choice.known), runner
     every = len(images) == len(x)
     outcome = chosen(x, asked, context) if every else run_some(images, x, asked, context, chosen)
-    return Mitigated(outcome, images, choice)
+    on_outcome(outcome)
+    starts = starts_of(reports, settings, context.first, guidance)
+    fill_reports(reports, outcome)
+    for report, start in zip(reports, starts):
+        note_effects(report, outcome, start, context.first, is_guided(settings, guidance), guidance)
+    return Mitigated(outcome, starts, list(reports))
 
 
-def run_each(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+def fill_reports(reports: Sequence[ImageReport], outcome: Outcome) -> None:
+    for name in ("before", "after", "steps", "norm"):
+        values = getattr(outcome, name)
+        if values is not None:
+            for report, value in zip(reports, values.tolist()):
+                if not report.left_alone:
+                    setattr(report, name, value)
+    for image, notes in outcome.notes.items():
+        for note in notes:
+            reports[image].note(note)
+    for image, reason in outcome.failed.items():
+        reports[image].failed = reason
+    for image, prompt in outcome.prompts.items():
+        reports[image].prompt = prompt.text
+
+
+def note_effects(
+    report: ImageReport, outcome: Outcome, start: Start, first: float, guided: bool, guidance: float
+) -> None:
+    """Say what took effect on an image, and what cannot."""
+    if not report.left_alone:
+        report.used = {**outcome.used, "T": first}
+    if start.tau < ALWAYS and not start.is_off(first):
+        name = "latest" if start.at_transition else "tau"
+        report.note(f"guidance is never off: the first timestep {first:g} is not above {name} {start.tau:g}")
+    if not guided and not report.left_alone:
+        report.note(f"the CFG scale {guidance:g} is no guidance, so there is none to hold back")
+
+
+def run_each(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
     """`run`, one image at a time: the least memory. Every image is on its own in any case."""
     images = [
         run(
             x[i : i + 1],
             select(delta, [i]),
             settings,
-            replace(initial.select([i]), tell=part(initial.tell, i, len(x))),
+            replace(context.select([i]), tell=part(context.tell, i, len(x))),
         )
         for i in range(len(x))
     ]

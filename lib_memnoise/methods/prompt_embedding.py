@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, PromptedDelta, magnitude, working_precision
 from lib_memnoise.core.progress import Tell, untold
+from lib_memnoise.methods.batch import BatchContext, Outcome, Prompt, aimed, missed
 from lib_memnoise.methods.descent import PATIENCE, descend
-from lib_memnoise.methods.pipeline import Initial, Outcome, Prompt, Scored, aimed, missed
-from lib_memnoise.settings import Settings
+from lib_memnoise.methods.pipeline import Scored
+from lib_memnoise.settings import ResolvedSettings
 
 
 class Adjusted(NamedTuple):
@@ -77,12 +78,12 @@ def _held(vectors: Tensor, fixed: Sequence[int]) -> Tensor:
     return torch.where(held, vectors.detach(), vectors)
 
 
-def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
     """`adjust` with resolved settings; an absolute target is scaled to the size of the latent."""
     assert settings.lr is not None and settings.max_steps is not None
     if not isinstance(delta.inner if isinstance(delta, Scored) else delta, PromptedDelta):
         raise RuntimeError("the prompt's vectors cannot be reached")
-    target, used = aimed(settings, initial.factor(x))
+    target, used = aimed(settings, context.factor(x))
     if settings.max_steps == 0:
         with torch.no_grad():
             before = magnitude(delta(x).float())
@@ -93,7 +94,7 @@ def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> O
         assert isinstance(delta, PromptedDelta)
         result = adjust(
             x, delta, lr=settings.lr, target=target, max_steps=settings.max_steps, weight_decay=settings.weight_decay,
-            fixed=delta.fixed, tell=initial.tell, patience=PATIENCE,
+            fixed=delta.fixed, tell=context.tell, patience=PATIENCE,
         )  # fmt: skip
     return Outcome(
         working_precision(x),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, working_precision
-from lib_memnoise.methods.pipeline import Initial, Outcome, Prompt
-from lib_memnoise.settings import Settings
+from lib_memnoise.methods.batch import BatchContext, Outcome, Prompt
+from lib_memnoise.settings import ResolvedSettings
 
 CONNECTED = re.compile(r"AND|BREAK|:\s*[+-]?[\d.]*\)*")
 """What belongs to the word before it, in a WebUI's prompt: nothing is inserted before these."""
@@ -59,28 +59,28 @@ def _below(count: int, generator: torch.Generator) -> int:
     return int(torch.randint(count, (1,), generator=generator))
 
 
-def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
     """The noise as it is, and every image's prompt with tokens from the image's seed."""
-    count, vocabulary = settings.tokens, initial.vocabulary()
+    count, vocabulary = settings.tokens, context.vocabulary()
     if not vocabulary:
         raise RuntimeError("random tokens need a text encoder whose vocabulary can be read, and none was found")
     outcome = Outcome(working_precision(x), used={"tokens": count})
     if count == 0:
         return outcome
-    for image, text in enumerate(initial.texts):
-        outcome.prompts[image] = Prompt(text=_with_tokens(text, vocabulary, count, initial, image))
+    for image, text in enumerate(context.texts):
+        outcome.prompts[image] = Prompt(text=_with_tokens(text, vocabulary, count, context, image))
     return outcome
 
 
-def _with_tokens(text: str, vocabulary: Sequence[str], count: int, initial: Initial, image: int) -> str:
+def _with_tokens(text: str, vocabulary: Sequence[str], count: int, context: BatchContext, image: int) -> str:
     """The text with exactly `count` tokens more, as far as the host can count them.
 
     Raises:
         RuntimeError: with none of many draws has it so many more.
     """
-    generator, before = initial.generator(image), initial.tokens(text)
+    generator, before = context.generator(image), context.tokens(text)
     for _ in range(TRIES):
         found, _ = insert(text, vocabulary, count, generator)
-        if before is None or initial.tokens(found) == before + count:
+        if before is None or context.tokens(found) == before + count:
             return found
     raise RuntimeError(f"no random tokens were found with which the prompt has exactly {count} more")

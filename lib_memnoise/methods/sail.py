@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, magnitude, per_image, select, working_precision
 from lib_memnoise.core.progress import part
+from lib_memnoise.methods.batch import BatchContext, Outcome, aimed
 from lib_memnoise.methods.descent import PATIENCE, descend
-from lib_memnoise.methods.pipeline import Initial, Outcome, aimed
-from lib_memnoise.settings import Settings
+from lib_memnoise.settings import ResolvedSettings
 
 
 class Adjusted(NamedTuple):
@@ -30,7 +30,7 @@ class Adjusted(NamedTuple):
 def adjust(
     x: Tensor,
     delta: Delta,
-    initial: Initial,
+    context: BatchContext,
     *,
     lr: float,
     alpha: float,
@@ -56,7 +56,7 @@ def adjust(
     Cost an image and step: four network rows forward and four backward.
     """
     start = working_precision(x)
-    unit = initial.alpha_bar**0.5 if initial.parameterization == "v" else 1.0
+    unit = context.alpha_bar**0.5 if context.parameterization == "v" else 1.0
 
     def loss_of(images: list[int]) -> Callable[[list[Tensor], list[int]], Tensor]:
         def loss(latents: list[Tensor], running: list[int]) -> Tensor:
@@ -79,14 +79,14 @@ def adjust(
     )
     left = list(range(len(start)))
     for attempt in range(redraws + 1):
-        noise = start if attempt == 0 else torch.stack([initial.noise(start, i, attempt) for i in range(len(start))])
+        noise = start if attempt == 0 else torch.stack([context.noise(start, i, attempt) for i in range(len(start))])
         found = descend(
             [noise[i] for i in left],
             loss_of(left),
             optimiser=lambda latents: torch.optim.Adam(latents, lr=lr),
             target=target,
             max_steps=max_steps,
-            tell=part(lambda own: initial.tell(replace(own, what="loss")), attempt, redraws + 1),
+            tell=part(lambda own: context.tell(replace(own, what="loss")), attempt, redraws + 1),
             patience=patience,
         )
         for k, image in enumerate(left):
@@ -103,15 +103,15 @@ def adjust(
     return result
 
 
-def mitigate(x: Tensor, delta: Delta, settings: Settings, initial: Initial) -> Outcome:
+def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
     """`adjust` with resolved settings; an absolute target is scaled to the size of the latent."""
     assert settings.lr is not None and settings.alpha is not None and settings.max_steps is not None
     # The target is one for ‖Δ(x + δ)‖ + α‖x_T‖: a fraction is of the first alone, for the other part stays.
     length = settings.alpha * x[0].numel() ** 0.5
-    target, used = aimed(settings, initial.factor(x))
+    target, used = aimed(settings, context.factor(x))
     aim = (lambda before: target(before - length) + length) if callable(target) else target
     result = adjust(
-        x, delta, initial, lr=settings.lr, alpha=settings.alpha, target=aim, max_steps=settings.max_steps,
+        x, delta, context, lr=settings.lr, alpha=settings.alpha, target=aim, max_steps=settings.max_steps,
         redraws=settings.redraws, patience=PATIENCE,
     )  # fmt: skip
     # An image none of whose noises had a loss has no adjusted noise either.

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lib_memnoise.core.delta import Delta
-from lib_memnoise.methods.pipeline import Initial, Outcome, run, run_each
-from lib_memnoise.settings import Settings
+from lib_memnoise.methods.batch import BatchContext, Outcome
+from lib_memnoise.methods.pipeline import run, run_each
+from lib_memnoise.settings import ResolvedSettings
 from lib_memnoise.torch_utils.checkpointing import checkpointed
 from lib_memnoise.torch_utils.oom import is_out_of_memory
 
@@ -59,8 +60,8 @@ def run_from(
     lean: Lean,
     x: Tensor,
     delta: Delta,
-    settings: Settings,
-    initial: Initial,
+    settings: ResolvedSettings,
+    context: BatchContext,
     *,
     unet: nn.Module,
     empty: Callable[[], object],
@@ -86,7 +87,7 @@ def run_from(
                     check()
                     check = None
                 way = run_each if lean is Lean.ONE_BY_ONE else run
-                outcome = way(x, delta, settings, initial)
+                outcome = way(x, delta, settings, context)
             if lean:
                 outcome.used["gradient"] = WORDS[lean].replace(" ", "_")
             return outcome

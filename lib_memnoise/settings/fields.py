@@ -381,7 +381,7 @@ class Settings:
                 return ("threshold", "target", "target_kind")
         return ("threshold",)
 
-    def resolved(self, preset: str, calibrated: Mapping[str, Any] | None = None) -> Settings:
+    def resolved(self, preset: str, calibrated: Mapping[str, Any] | None = None) -> ResolvedSettings:
         """These settings with nothing left to a preset. The threshold stays open without a calibration.
 
         Args:
@@ -405,8 +405,9 @@ class Settings:
         # When guidance starts is taken as it is where it was asked for.
         if self.preset == "custom" or self.tau is not None or self.latest is not None:
             values["tau_of"] = 0.0
-        missing = {name: value for name, value in values.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **missing)
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        missing = {name: value for name, value in values.items() if given[name] is None}
+        return ResolvedSettings(**{**given, **missing})
 
     def pinned(self, preset: str, calibrated: Mapping[str, Any] | None = None) -> Settings:
         """An equal form that means the same on any checkpoint, for metadata; arguments as in `resolved`.
@@ -422,8 +423,13 @@ class Settings:
             plain = dataclasses.replace(self, **nothing)
             if plain.resolved(preset, calibrated) == resolved:
                 return plain
-        # Beside a τ in so many words none means 0.
-        return dataclasses.replace(resolved, preset="custom", tau_of=resolved.tau_of or None)
+        # Together with an explicit τ, none means 0.
+        spelled = {**vars(resolved), "preset": "custom", "tau_of": resolved.tau_of or None}
+        return Settings(**spelled)
+
+
+class ResolvedSettings(Settings):
+    """Settings with nothing left to a preset: what methods are given."""
 
 
 SPECS: dict[str, Spec] = {f.name: f.metadata["spec"] for f in fields(Settings)}

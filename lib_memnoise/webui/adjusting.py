@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from lib_memnoise.core.calibration import Calibration
 from lib_memnoise.core.delta import Delta
-from lib_memnoise.core.guidance import ALWAYS, Start
 from lib_memnoise.core.report import Generation, ImageReport
 from lib_memnoise.errors import NotCalibrated
-from lib_memnoise.methods.pipeline import Choice, Initial, Outcome, mitigate
+from lib_memnoise.methods.batch import BatchContext, Outcome
+from lib_memnoise.methods.pipeline import Mitigated, mitigate
 from lib_memnoise.sampling.delta_predictor import DeltaPredictor
-from lib_memnoise.settings import ABSOLUTE, Settings, size_factor
+from lib_memnoise.settings import ABSOLUTE, ResolvedSettings, Settings, size_factor
 from lib_memnoise.webui.blank_prompts import blank_images
 from lib_memnoise.webui.checkpoint import checkpoint_preset
 from lib_memnoise.webui.gradients import run_leanly
@@ -92,65 +93,34 @@ def doubts(known: Calibration | None, settings: Settings, where: str) -> list[st
     return [str(promise)] if not promise.is_kept else []
 
 
-def adjusted(current: SamplingPass, predictor: DeltaPredictor, settings: Settings, context: Initial) -> Outcome:
-    """Score the images if that is asked for, and adjust those that are to be mitigated."""
-    reports = current.reports
+def mitigated(
+    current: SamplingPass,
+    predictor: DeltaPredictor,
+    settings: ResolvedSettings,
+    context: BatchContext,
+    on_outcome: Callable[[Outcome], object],
+) -> Mitigated:
+    """The pipeline, with gradients as the host and its memory allow them."""
     evaluated: dict[int, Any] = {}
 
-    def with_gradient(x: Tensor, delta: Delta, context: Initial) -> Outcome:
+    def with_gradient(x: Tensor, delta: Delta, context: BatchContext) -> Outcome:
         assert isinstance(delta, DeltaPredictor)
         return run_leanly(x, delta, settings, context)
 
-    def note_choice(choice: Choice | None, images: list[int]) -> None:
-        if choice is not None:
-            for i, report in enumerate(reports):
-                report.threshold, report.left_alone = choice.threshold, i not in images
-        elif settings.when == "flagged":
-            for report in reports:
-                report.threshold = None if settings.threshold is None else settings.threshold * context.factor(noise)
-        evaluated.update(predictor.cache.of_image)
+    def told(outcome: Outcome) -> None:
+        if torch.equal(outcome.x, current.noise) and not outcome.prompts:
+            # Nothing is to change, to the bit: rows are only spared where they were evaluated as the host would.
+            predictor.cache.of_image = evaluated
+        on_outcome(outcome)
 
-    noise = current.noise
-    outcome = mitigate(
-        noise,
+    return mitigate(
+        current.noise,
         predictor,
         settings,
         context,
-        images=[i for i, report in enumerate(reports) if not report.left_alone],
+        reports=current.reports,
+        guidance=current.cfg_scale,
         with_gradient=with_gradient,
-        on_choice=note_choice,
-    ).outcome
-    if torch.equal(outcome.x, noise) and not outcome.prompts:
-        # Nothing is to change, to the bit: rows are only spared where they were evaluated as the host would.
-        predictor.cache.of_image = evaluated
-    return outcome
-
-
-def note_effects(current: SamplingPass, settings: Settings, outcome: Outcome, starts: list[Start], t: float) -> None:
-    """Say of every image what took effect, and what cannot."""
-    fill_reports(current.reports, outcome)
-    guided = current.is_guided(settings)
-    for report, start in zip(current.reports, starts):
-        if not report.left_alone:
-            report.used = {**outcome.used, "T": t}
-        if start.tau < ALWAYS and not start.is_off(t):
-            name = "latest" if start.at_transition else "tau"
-            report.note(f"guidance is never off: the first timestep {t:g} is not above {name} {start.tau:g}")
-        if not guided and not report.left_alone:
-            report.note(f"the CFG scale {current.cfg_scale:g} is no guidance, so there is none to hold back")
-
-
-def fill_reports(reports: list[ImageReport], outcome: Outcome) -> None:
-    for name in ("before", "after", "steps", "norm"):
-        values = getattr(outcome, name)
-        if values is not None:
-            for report, value in zip(reports, values.tolist()):
-                if not report.left_alone:
-                    setattr(report, name, value)
-    for image, notes in outcome.notes.items():
-        for note in notes:
-            reports[image].note(note)
-    for image, reason in outcome.failed.items():
-        reports[image].failed = reason
-    for image, prompt in outcome.prompts.items():
-        reports[image].prompt = prompt.text
+        on_choice=lambda: evaluated.update(predictor.cache.of_image),
+        on_outcome=told,
+    )

@@ -10,7 +10,7 @@ import torch
 from modules import devices, prompt_parser, shared
 
 from lib_memnoise.errors import Unsupported
-from lib_memnoise.methods.pipeline import Prompt
+from lib_memnoise.methods.batch import Prompt
 from lib_memnoise.sampling import cond_rows
 from lib_memnoise.sampling.cond_rows import Cond, select_rows
 from lib_memnoise.torch_utils.cross_attention import PLAIN, Row, cross_attentions

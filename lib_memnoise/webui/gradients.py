@@ -8,18 +8,18 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import magnitude, per_image
 from lib_memnoise.errors import Unsupported
+from lib_memnoise.methods.batch import BatchContext, Outcome
 from lib_memnoise.methods.descent import NoGradient, gradients
-from lib_memnoise.methods.pipeline import Initial, Outcome
 from lib_memnoise.sampling.delta_predictor import DeltaPredictor
 from lib_memnoise.sampling.memory_mode import first_attempt, free_memory, run_from
-from lib_memnoise.settings import Settings
+from lib_memnoise.settings import ResolvedSettings
 from lib_memnoise.torch_utils.oom import is_out_of_memory
 
 GRADIENT_TOLERANCE = 0.05
 """How far a difference quotient may be from the gradient's length; with the tests' checkpoints they are 0.1 % apart."""
 
 
-def run_leanly(x: Tensor, delta: DeltaPredictor, settings: Settings, initial: Initial) -> Outcome:
+def run_leanly(x: Tensor, delta: DeltaPredictor, settings: ResolvedSettings, context: BatchContext) -> Outcome:
     """`run` in the fastest way that memory allows; out of memory, it is tried again in a leaner one.
 
     What an attempt evaluated stays counted. Raises what the leanest attempt raises.
@@ -37,7 +37,7 @@ def run_leanly(x: Tensor, delta: DeltaPredictor, settings: Settings, initial: In
             x,
             delta,
             settings,
-            initial,
+            context,
             unet=backend.unet,
             empty=devices.torch_gc,
             note=note,

@@ -7,6 +7,7 @@ host swallows (exceptions in script hooks) is turned into a failing request or i
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import uuid
 from dataclasses import dataclass, replace
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from lib_memnoise.core.report import Generation, ImageReport, report_infotext
 from lib_memnoise.errors import Interrupted, NotCalibrated, Unsupported
+from lib_memnoise.methods.batch import Outcome
 from lib_memnoise.methods.descent import NoGradient
-from lib_memnoise.methods.pipeline import Outcome, is_measured_first
+from lib_memnoise.methods.pipeline import Mitigated, is_measured_first, starts_of
 from lib_memnoise.registry import METHODS
 from lib_memnoise.sampling.delta_predictor import DeltaPredictor
 from lib_memnoise.sampling.guider import GuidancePlan
-from lib_memnoise.settings import INFOTEXT, Settings, to_infotext
+from lib_memnoise.settings import INFOTEXT, ResolvedSettings, Settings, to_infotext
 from lib_memnoise.torch_utils.oom import is_out_of_memory
 from lib_memnoise.webui import adjusting, session
 from lib_memnoise.webui.backends import detect
@@ -106,9 +108,8 @@ def _infotext_value(generation: Generation, key: str) -> Any:
 class Adjusted:
     """The adjusted noise of a pass, and what its guider needs to know."""
 
-    outcome: Outcome
-    settings: Settings
-    """Resolved."""
+    mitigated: Mitigated
+    settings: ResolvedSettings
     pinned: Settings
     """As the infotext has them."""
     predictor: DeltaPredictor
@@ -154,16 +155,23 @@ def adjust(current: SamplingPass, generation: Generation) -> Adjusted:
         numbers = adjusting.calibrated(current, generation, settings, predictor.step.t)
         preset = checkpoint_preset(current.backend)
         pinned = settings.pinned(preset, numbers)
-        settings = settings.resolved(preset, numbers)
+        resolved = settings.resolved(preset, numbers)
         if is_only_step(p):  # held back there, the prompt would have no say at all
-            settings = replace(settings, tau_of=0.0)
-        with shown(generation) as tell:
-            context = replace(current.context(predictor), tell=tell)
-            outcome = adjusting.adjusted(current, predictor, settings, context)
-        override = ConditioningOverride(current, outcome.prompts) if outcome.prompts else None
-        if settings.trace == "compare" and not current.is_hires and not torch.equal(outcome.x, current.noise):
-            compare(current, predictor, settings)
-    return Adjusted(outcome, settings, pinned, predictor, override)
+            resolved = replace(resolved, tau_of=0.0)
+        override: ConditioningOverride | None = None
+
+        def on_outcome(outcome: Outcome) -> None:
+            nonlocal override
+            progress.close()  # what follows has a progress of its own
+            if outcome.prompts:
+                override = ConditioningOverride(current, outcome.prompts)
+            if resolved.trace == "compare" and not current.is_hires and not torch.equal(outcome.x, current.noise):
+                compare(current, predictor, resolved)
+
+        with contextlib.ExitStack() as progress:
+            context = replace(current.context(predictor), tell=progress.enter_context(shown(generation)))
+            mitigated = adjusting.mitigated(current, predictor, resolved, context, on_outcome)
+    return Adjusted(mitigated, resolved, pinned, predictor, override)
 
 
 def hand_over(current: SamplingPass, generation: Generation, adjusted: Adjusted) -> None:
@@ -171,13 +179,11 @@ def hand_over(current: SamplingPass, generation: Generation, adjusted: Adjusted)
     p, settings, predictor = current.p, adjusted.settings, adjusted.predictor
     if not current.is_hires:
         pin(p, generation, adjusted.pinned)  # by now it is known what a calibration has to say
-    place(p, generation, current.noise, adjusted.outcome.x)
+    place(p, generation, current.noise, adjusted.mitigated.outcome.x)
     t, denoiser = predictor.step.t, p.sampler.model_wrap_cfg
-    starts = current.starts(settings, t)
-    adjusting.note_effects(current, settings, adjusted.outcome, starts, t)
     plan = GuidancePlan(
         reports=current.reports,
-        starts=starts,
+        starts=adjusted.mitigated.starts,
         tracing=settings.trace != "off",
         exact=settings.exact_batches and any(report.left_alone for report in current.reports),
         follows_negative=current.follows_negative,
@@ -191,8 +197,8 @@ def hand_over(current: SamplingPass, generation: Generation, adjusted: Adjusted)
         looks_at_first=generation.looks_at_first and not current.is_hires,
     )
     session.put_guider(denoiser, current.backend.guider(p, denoiser, plan))
-    if generation.fail_instead and adjusted.outcome.failed:
-        fail_sampling(p, RuntimeError(next(iter(adjusted.outcome.failed.values()))))
+    if generation.fail_instead and adjusted.mitigated.outcome.failed:
+        fail_sampling(p, RuntimeError(next(iter(adjusted.mitigated.outcome.failed.values()))))
 
 
 def is_asked_twice(p: Any, generation: Generation, backend: WebuiBackend) -> bool:
@@ -214,10 +220,10 @@ def place(p: Any, generation: Generation, noise: Tensor, adjusted: Tensor) -> No
         noise.copy_(adjusted)
 
 
-def compare(current: SamplingPass, predictor: DeltaPredictor, settings: Settings) -> None:
+def compare(current: SamplingPass, predictor: DeltaPredictor, settings: ResolvedSettings) -> None:
     """Trace the noise as drawn. If that fails the pictures come all the same, and say so."""
     try:
-        trace_baseline(current, predictor, current.starts(settings, predictor.step.t))
+        trace_baseline(current, predictor, starts_of(current.reports, settings, predictor.step.t, current.cfg_scale))
     except Interrupted:
         raise
     except Exception as error:

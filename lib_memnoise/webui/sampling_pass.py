@@ -9,13 +9,11 @@ from typing import Any
 from modules import prompt_parser
 from torch import Tensor
 
-from lib_memnoise.core.guidance import Start, make_start
 from lib_memnoise.core.report import ImageReport
-from lib_memnoise.methods.pipeline import Initial
+from lib_memnoise.methods.batch import BatchContext
 from lib_memnoise.sampling.cond_rows import Cond, select_rows, token_length
 from lib_memnoise.sampling.delta_predictor import DeltaPredictor
 from lib_memnoise.sampling.output_cache import OutputCache
-from lib_memnoise.settings import Settings
 from lib_memnoise.webui import tokens
 from lib_memnoise.webui.backends.base import WebuiBackend
 from lib_memnoise.webui.host_conditions import follows_negative, image_conditioning
@@ -108,10 +106,10 @@ class SamplingPass:
             calls=calls,
         )
 
-    def context(self, predictor: DeltaPredictor) -> Initial:
+    def context(self, predictor: DeltaPredictor) -> BatchContext:
         """What a method may know of the batch besides its noise."""
         t = predictor.step.t
-        return Initial(
+        return BatchContext(
             self.backend.kind,
             first=t,
             alpha_bar=self.backend.alpha_bar(t),
@@ -120,12 +118,3 @@ class SamplingPass:
             vocabulary=tokens.Vocabulary,
             tokens=lambda text: tokens.token_count(text, self.p.steps),
         )
-
-    def is_guided(self, settings: Settings) -> bool:
-        """Whether there is guidance to hold back, or to turn around."""
-        return self.cfg_scale > 1 or (settings.start != "first" and bool(settings.opposite))
-
-    def starts(self, settings: Settings, t: float) -> list[Start]:
-        """When guidance starts, for every image, where the pass begins at the timestep t. A pass uses its own up."""
-        guided = self.is_guided(settings)
-        return [make_start(settings, t) if guided and not report.left_alone else Start() for report in self.reports]
