@@ -36,7 +36,7 @@ INSIDE = {
         ("checkpoint", "host_conditions", "host_state", "tokens", "request"),
         ("backends",),
         ("failures", "sampler_start"),
-        ("session",),
+        ("session", "quirks"),
     ),
 }
 """Layers within a part, by the first name below it."""

@@ -9,6 +9,7 @@ from modules import sd_models, shared
 from lib_memnoise.errors import Unsupported
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import Settings, preset_for
+from lib_memnoise.webui import quirks
 from lib_memnoise.webui.backends.base import WebuiBackend
 
 
@@ -22,7 +23,7 @@ def checkpoint_preset(backend: WebuiBackend) -> str:
 
 def loads_late() -> bool:
     """Whether the host loads the chosen checkpoint only when it generates, as Forge does."""
-    return hasattr(sd_models, "forge_model_reload")
+    return quirks.has("loads late")
 
 
 def load_checkpoint() -> None:

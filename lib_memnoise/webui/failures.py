@@ -8,7 +8,7 @@ from modules import shared
 
 from lib_memnoise.errors import Interrupted
 from lib_memnoise.settings import INFOTEXT
-from lib_memnoise.webui import session
+from lib_memnoise.webui import quirks, session
 
 Error = TypeVar("Error", bound=Exception)
 FAILED_CELLS = f"{INFOTEXT} failed cells"
@@ -43,14 +43,8 @@ def raise_if_interrupted() -> None:
 
 
 def loses_errors(p: Any) -> bool:
-    """Whether the page would not say what was raised: reForge's thread for the page's generations only prints it."""
-    if getattr(p, "is_api", False):
-        return False
-    try:
-        from modules_forge import main_thread
-    except ImportError:
-        return False
-    return not hasattr(main_thread, "last_exception")
+    """Whether the page would not say what was raised."""
+    return quirks.has("prints errors", p)
 
 
 def expect_cells(p: Any) -> None:

@@ -27,7 +27,7 @@ from lib_memnoise.sampling.delta_predictor import DeltaPredictor
 from lib_memnoise.sampling.guider import GuidancePlan
 from lib_memnoise.settings import INFOTEXT, ResolvedSettings, Settings, to_infotext
 from lib_memnoise.torch_utils.oom import is_out_of_memory
-from lib_memnoise.webui import adjusting, session
+from lib_memnoise.webui import adjusting, quirks, session
 from lib_memnoise.webui.backends import detect
 from lib_memnoise.webui.backends.base import WebuiBackend
 from lib_memnoise.webui.baseline_trace import trace_baseline
@@ -213,7 +213,7 @@ def is_asked_twice(p: Any, generation: Generation, backend: WebuiBackend) -> boo
 
 def place(p: Any, generation: Generation, noise: Tensor, adjusted: Tensor) -> None:
     """Have the adjusted noise sampled: hosts that have a place for it take it from there, others where it was."""
-    if hasattr(p, "modified_noise"):
+    if quirks.has("noise is an attribute", p):
         p.modified_noise = adjusted.to(noise)
         generation.placed = p.modified_noise
     else:

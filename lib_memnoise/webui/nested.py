@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from modules import devices, processing, rng, sd_models, shared
 
+from lib_memnoise.webui import quirks
+
 STATE = (
     "job", "job_no", "job_count", "processing_has_refined_job_count", "sampling_step", "sampling_steps",
     "current_latent", "current_image", "current_image_sampling_step", "id_live_preview", "textinfo",
@@ -92,7 +94,7 @@ def patches(p: Any) -> Iterator[None]:
     finally:
         for name, value in kept.items():
             setattr(model, name, value)
-        if hasattr(processing, "apply_circular_forge"):
+        if quirks.has("tiles by a function"):
             processing.apply_circular_forge(model, p.tiling)
         else:
             processing.model_hijack.apply_circular(p.tiling)

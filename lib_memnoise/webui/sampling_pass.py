@@ -14,7 +14,7 @@ from lib_memnoise.methods.batch import BatchContext
 from lib_memnoise.sampling.cond_rows import Cond, select_rows, token_length
 from lib_memnoise.sampling.delta_predictor import DeltaPredictor
 from lib_memnoise.sampling.output_cache import OutputCache
-from lib_memnoise.webui import tokens
+from lib_memnoise.webui import quirks, tokens
 from lib_memnoise.webui.backends.base import WebuiBackend
 from lib_memnoise.webui.host_conditions import follows_negative, image_conditioning
 
@@ -54,8 +54,8 @@ class SamplingPass:
 
     @property
     def cfg_scale(self) -> float:
-        """The forks have one of its own for the hires pass."""
-        return float(self.p.hr_cfg if self.is_hires and hasattr(self.p, "hr_cfg") else self.p.cfg_scale)
+        own = self.is_hires and quirks.has("hires has its own scale", self.p)
+        return float(self.p.hr_cfg if own else self.p.cfg_scale)
 
     @property
     def follows_negative(self) -> bool:

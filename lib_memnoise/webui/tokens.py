@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lib_memnoise.errors import Unsupported
 from lib_memnoise.sampling.cond_rows import CHUNK
+from lib_memnoise.webui import quirks
 
 Schedules = list[list[Any]]
 """Of each part of a prompt (AND): `[last step, text]` pairs in order."""
@@ -42,9 +43,8 @@ def text_encoder() -> Any:
 
 def text_encoders() -> list[Any]:
     model = shared.sd_model
-    engines = [f"text_processing_engine{suffix}" for suffix in ("", "_l", "_g")]
-    if any(hasattr(model, name) for name in engines):
-        return [getattr(model, name) for name in engines if hasattr(model, name)]
+    if quirks.has("encodes by engines"):
+        return [getattr(model, name) for name in quirks.ENGINES if hasattr(model, name)]
     conditioner = getattr(model, "conditioner", None)
     return [model.cond_stage_model] if conditioner is None else list(conditioner.embedders)
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,47 +20,6 @@ COND, UNCOND = 0, 1
 """How the host marks chunks of rows."""
 ELSEWHERE = 1 << 30
 """Number of a row that is none of the step's own."""
-
-
-@dataclass(frozen=True)
-class Host:
-    """The host's own functions, by what they do."""
-
-    evaluate: Callable[..., Any]
-    prepare: Callable[..., Any]
-    compile: Callable[..., Any]
-    compile_weighted: Callable[..., Any]
-    condition: Callable[..., Any]
-    hands_floor: bool
-    """NGMS's sigma is handed to the sampler, and odd steps go without; else it is an option, and even ones do."""
-
-
-@functools.cache
-def host() -> Host:
-    def has(*names: str) -> list[Any]:
-        return [importlib.import_module(name) for name in names]
-
-    with contextlib.suppress(ImportError):
-        sampling, condition = has("backend.sampling.sampling_function", "backend.sampling.condition")
-        return Host(
-            sampling.calc_cond_uncond_batch,
-            sampling.sampling_prepare,
-            condition.compile_conditions,
-            condition.compile_weighted_conditions,
-            condition.Condition,
-            hands_floor=True,
-        )
-    samplers, conds, sampler = has(
-        "ldm_patched.modules.samplers", "ldm_patched.modules.conds", "modules_forge.forge_sampler"
-    )
-    return Host(
-        samplers.calc_cond_uncond_batch,
-        sampler.sampling_prepare,
-        sampler.cond_from_a1111_to_patched_ldm,
-        sampler.cond_from_a1111_to_patched_ldm_weighted,
-        conds.CONDRegular,
-        hands_floor=False,
-    )
 
 
 def patcher() -> Any:

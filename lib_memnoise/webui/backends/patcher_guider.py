@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from modules import shared
 from torch import Tensor
 
 from lib_memnoise.sampling.backend import Backend
 from lib_memnoise.sampling.cond_rows import Cond, vectors
 from lib_memnoise.sampling.guider import GuidancePlan, Guider, Step
 from lib_memnoise.sampling.output_cache import CachedModel
+from lib_memnoise.webui import quirks
 from lib_memnoise.webui.backends.patcher_calls import (
     COND,
     ELSEWHERE,
@@ -24,12 +24,12 @@ from lib_memnoise.webui.backends.patcher_calls import (
     call_behind,
     contents,
     gain,
-    host,
     nested,
     scaling,
     some_rows,
     which_part,
 )
+from lib_memnoise.webui.backends.patcher_hosts import StepNow, host
 
 
 def standing_before(guider: PatchGuider, inner: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
@@ -95,17 +95,11 @@ class PatchGuider(Guider):
 
     def _scale(self, denoiser: Any, sigma: float) -> float | None:
         """The CFG scale of a step, or None where the host leaves the unconditional rows out."""
-        p, opts = self.p, shared.opts
-        scale = float(p.hr_cfg if getattr(p, "is_hr_pass", False) and hasattr(p, "hr_cfg") else p.cfg_scale)
-        early, progress = getattr(opts, "skip_early_cond", 0.0), denoiser.step / denoiser.total_steps
-        every = getattr(opts, "s_min_uncond_all", False)
-        if host().hands_floor:
-            floor, turn = denoiser.sampler.sampler_extra_args.get("s_min_uncond") or 0.0, denoiser.step % 2
-            skipped = early > 0 and progress <= early
-        else:
-            floor, turn = getattr(opts, "s_min_uncond", 0.0), denoiser.step % 2 == 0
-            skipped = denoiser.step < early or (early != 0 and progress <= early)
-        skipped = skipped or bool((turn or every) and floor > 0 and sigma < floor)
+        p = self.p
+        own = getattr(p, "is_hr_pass", False) and quirks.has("hires has its own scale", p)
+        scale = float(p.hr_cfg if own else p.cfg_scale)
+        floor = float(denoiser.sampler.sampler_extra_args.get("s_min_uncond") or 0.0)
+        skipped = host().leaves_out_uncond(StepNow(denoiser.step, denoiser.total_steps, sigma, floor))
         alone = math.isclose(scale, 1.0) and not self._unet.model_options.get("disable_cfg1_optimization", False)
         return None if skipped or alone else scale
 

@@ -31,12 +31,12 @@ from lib_memnoise.webui.backends.patcher_calls import (
     call_behind,
     contents,
     gain,
-    host,
     patcher,
     scaling,
     which_part,
 )
 from lib_memnoise.webui.backends.patcher_guider import PatchGuider
+from lib_memnoise.webui.backends.patcher_hosts import host
 from lib_memnoise.webui.sampler_start import in_sigmas, in_timesteps
 
 
@@ -113,7 +113,7 @@ class UnetPatcherBackend(WebuiBackend):
         return float(1 / (1 + scaling(patcher().model).sigmas[round(t)] ** 2))
 
     def load(self, x: Tensor) -> None:
-        host().prepare(patcher(), x)
+        host().function("prepare")(patcher(), x)
 
     def first_step(self, p: Any, sampler: Any, x: Tensor) -> FirstStep:
         c_in: float | Tensor = 1.0
@@ -146,7 +146,7 @@ class UnetPatcherBackend(WebuiBackend):
 
     def _conditions(self, query: DeltaQuery, inputs: Tensor) -> Conditions:
         """Of unconditional rows, as the network gets them."""
-        found = host().compile(query.uncond)[0]
+        found = host().function("compile")(query.uncond)[0]
         self._complete([found], query, inputs)
         return {key: value.cond for key, value in found["model_conds"].items()}
 
@@ -160,7 +160,7 @@ class UnetPatcherBackend(WebuiBackend):
                 picture = picture[query.images]
         if picture.shape[0] == inputs.shape[0] and picture.shape[2:] == inputs.shape[2:]:
             for cond in conds:
-                cond["model_conds"]["c_concat"] = host().condition(picture)
+                cond["model_conds"]["c_concat"] = host().function("condition")(picture)
         if unet.controlnet_linked_list is not None:
             for cond in conds:
                 cond["control"] = unet.controlnet_linked_list
@@ -173,12 +173,12 @@ class UnetPatcherBackend(WebuiBackend):
             [(first[i] + k, weight) for k, (_, weight) in enumerate(own)] for i, own in enumerate(query.parts)
         ]
         rows_of_part = [list(column) for column in zip(*[[row for row, _ in own] for own in composition])]
-        conds = [] if cond is None else host().compile_weighted(cond, composition)
-        unconds = None if uncond is None else host().compile(uncond)
+        conds = [] if cond is None else host().function("compile_weighted")(cond, composition)
+        unconds = None if uncond is None else host().function("compile")(uncond)
         self._complete([*conds, *(unconds or [])], query, inputs)
         unet = patcher()
         options, calls = recording(options_of(unet))
-        host().evaluate(unet.model, conds, unconds, inputs, query.step.at.repeat(images), options)
+        host().function("evaluate")(unet.model, conds, unconds, inputs, query.step.at.repeat(images), options)
 
         count = 0 if cond is None else sum(map(len, query.parts))
         found: list[tuple[Conditions, Tensor]] = [({}, inputs[:1])] * (count + images)

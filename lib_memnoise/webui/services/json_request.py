@@ -10,6 +10,7 @@ from typing import Any
 from modules import sd_samplers, shared
 
 from lib_memnoise.errors import echo, is_encodable, meant
+from lib_memnoise.webui import quirks
 
 MOST_IMAGES = 256
 MOST_CHARACTERS = 10_000
@@ -169,10 +170,10 @@ def sampler_name(name: str, value: Any) -> str:
 
 def scheduler(name: str, value: Any) -> str:
     """A schedule type by its name or label; where the host has no list of them, any text."""
-    try:
-        from modules.sd_schedulers import schedulers
-    except ImportError:
+    if quirks.has("schedules are in sampler names"):
         return text(name, value)
+    from modules.sd_schedulers import schedulers
+
     if isinstance(value, str) and value in {one.name for one in schedulers}:
         return value
     return one_of(name, value, {one.label: one.name for one in schedulers})

@@ -18,11 +18,12 @@ from modules import call_queue, images, processing, shared
 from lib_memnoise.core.calibration import MOST, distinct
 from lib_memnoise.registry import METHODS, USUAL
 from lib_memnoise.settings import INFOTEXT
+from lib_memnoise.webui import quirks
 from lib_memnoise.webui.failures import FAILED_CELLS
 from lib_memnoise.webui.services import json_request, scoring
 from lib_memnoise.webui.services.traces import STORE
 
-JS = "_js" if gr.__version__.startswith("3.") else "js"
+JS = "_js" if quirks.has("gradio 3") else "js"
 INPUTS = {
     "prompt": "txt2img_prompt", "negative_prompt": "txt2img_neg_prompt", "styles": "txt2img_styles",
     "seed": "txt2img_seed", "batch_size": "txt2img_batch_size", "width": "txt2img_width", "height": "txt2img_height",

@@ -14,7 +14,8 @@ import torch
 from modules import script_callbacks, shared
 
 COUNTED = (
-    "WrapperGate", "PatchGate", "Handover", "Hearing", "Answers", "Answer", "Predictor", "EmptyPrompt", "Generation",
+    "WrapperGuider", "PatchGuider", "CachedModel", "ConditioningOverride", "OutputCache", "CachedRow", "DeltaPredictor",
+    "SamplingPass", "GuidancePlan", "Adjusted", "Mitigated", "EmptyPrompt", "Generation",
     "ImageReport", "StableDiffusionProcessingTxt2Img",
 )  # fmt: skip
 
