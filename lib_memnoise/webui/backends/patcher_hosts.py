@@ -52,13 +52,16 @@ class PatcherHost:
     condition: str
     leaves_out_uncond: Callable[[StepNow], bool]
     """Whether a step evaluates no unconditional rows: "skip early CFG" and NGMS, as the host's denoiser has them."""
+    lacks: str = ""
+    """A module that tells it from others that share its functions: they have it."""
 
     def function(self, name: str) -> Any:
         module, _, attribute = getattr(self, name).partition(":")
         return getattr(importlib.import_module(module), attribute)
 
     def is_here(self) -> bool:
-        return all(_can_import(getattr(self, name).partition(":")[0]) for name in ("evaluate", "compile"))
+        modules = [getattr(self, name).partition(":")[0] for name in ("evaluate", "compile")]
+        return all(map(_can_import, modules)) and not (self.lacks and _can_import(self.lacks))
 
 
 def _can_import(module: str) -> bool:
@@ -79,6 +82,11 @@ def _reforge(step: StepNow) -> bool:
     return skips or (step.is_below(floor) and step.takes_turns(0))
 
 
+def _classic(step: StepNow) -> bool:
+    # It sets the CFG scale to 1 there, which leaves them out. Its comparison lets step 0 in with the option at 0.
+    return step.progress <= step.early or step.is_below(step.handed_floor)
+
+
 HOSTS = (
     PatcherHost(
         "Forge dfdcbab6",
@@ -88,6 +96,16 @@ HOSTS = (
         compile_weighted="backend.sampling.condition:compile_weighted_conditions",
         condition="backend.sampling.condition:Condition",
         leaves_out_uncond=_forge,
+    ),
+    PatcherHost(
+        "Forge Classic 1f95d717",
+        evaluate="ldm_patched.modules.samplers:calc_cond_uncond_batch",
+        prepare="modules_forge.forge_sampler:sampling_prepare",
+        compile="modules_forge.forge_sampler:cond_from_a1111_to_patched_ldm",
+        compile_weighted="modules_forge.forge_sampler:cond_from_a1111_to_patched_ldm_weighted",
+        condition="ldm_patched.modules.conds:CONDRegular",
+        leaves_out_uncond=_classic,
+        lacks="modules.sd_schedulers",
     ),
     PatcherHost(
         "reForge 3b56b268",
