@@ -17,7 +17,7 @@ PACKAGE = "lib_memnoise"
 LAYERS = (
     ("scripts",),
     # The front ends; none knows another.
-    ("webui", "lab"),
+    ("webui", "lab", "diffusers"),
     ("sampling",),
     ("methods",),
     ("core",),
@@ -41,6 +41,8 @@ INSIDE = {
 }
 """Layers within a part, by the first name below it."""
 MOST_LINES = 500
+MOST_HELPER_LINES = 200
+"""Of a front end that is one module."""
 MOST_FUNCTION_LINES = 60
 PUBLISHED = {
     "methods/descent.py": {"descend"},
@@ -147,7 +149,7 @@ def test_modules_and_functions_are_short() -> None:
     for path, tree in trees().values():
         where = path.relative_to(ROOT).as_posix()
         lines = len(path.read_text(encoding="utf-8").splitlines())
-        if lines > MOST_LINES:
+        if lines > (MOST_HELPER_LINES if path.name == "diffusers.py" else MOST_LINES):
             long.append(f"{where}: {lines} lines")
         exempt = PUBLISHED.get(where.removeprefix(f"{PACKAGE}/"), set())
         for node in ast.walk(tree):

@@ -41,3 +41,16 @@ def standing_in(module: nn.Module, function: Callable[..., Any]) -> Iterator[Non
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = before
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within, the module's weights get no gradient."""
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)

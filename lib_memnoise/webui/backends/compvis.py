@@ -15,7 +15,7 @@ from lib_memnoise.sampling.backend import DeltaQuery, Evaluated, FirstStep
 from lib_memnoise.sampling.cond_rows import Cond, Conditions, joined, select_rows, token_length
 from lib_memnoise.sampling.guider import GuidancePlan, Guider, Step
 from lib_memnoise.sampling.output_cache import CachedModel
-from lib_memnoise.torch_utils.patching import original
+from lib_memnoise.torch_utils.patching import frozen, original
 from lib_memnoise.webui.backends.base import WebuiBackend
 from lib_memnoise.webui.sampler_start import compvis_first_step
 
@@ -167,17 +167,13 @@ class CompVisBackend(WebuiBackend):
     def gradients(self) -> Iterator[None]:
         """Weights frozen (only x needs a gradient) and token merging off (its gradient is wrong)."""
         model = shared.sd_model
-        weights = [weight for weight in model.model.parameters() if weight.requires_grad]
         merging = getattr(model, "applied_token_merged_ratio", 0)
-        try:
-            for weight in weights:
-                weight.requires_grad_(False)
-            sd_models.apply_token_merging(model, 0)
-            yield
-        finally:
-            sd_models.apply_token_merging(model, merging)
-            for weight in weights:
-                weight.requires_grad_(True)
+        with frozen(model.model):
+            try:
+                sd_models.apply_token_merging(model, 0)
+                yield
+            finally:
+                sd_models.apply_token_merging(model, merging)
 
     def guider(self, p: Any, denoiser: Any, plan: GuidancePlan) -> WrapperGuider:
         return WrapperGuider(self, p, denoiser, plan)
