@@ -106,7 +106,7 @@ class Guidance:
         if step + 1 == len(pipe.scheduler.timesteps):
             return {}
         t = pipe.scheduler.timesteps[step + 1]
-        watched = [i for i, start in enumerate(self.starts) if start.hears and start.is_off(float(t))]
+        watched = [i for i, start in enumerate(self.starts) if start.evaluates_prompt and start.is_off(float(t))]
         if watched:
             part = replace(self.delta, t=t, network_input=lambda x: pipe.scheduler.scale_model_input(x, t))
             with torch.no_grad():

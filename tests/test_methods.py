@@ -241,12 +241,12 @@ class Spoken:
         part.net, part.every = self.net, [self.every[i] for i in images]
         return part
 
-    def hearing(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
-        def heard(vectors: list[Tensor], images: list[int]) -> Tensor:
+    def conditioned(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
+        def attended(vectors: list[Tensor], images: list[int]) -> Tensor:
             self.asked.append(images)
             return torch.cat([self.of(x[i], vector) for i, vector in zip(images, vectors)])
 
-        return heard
+        return attended
 
 
 @pytest.mark.parametrize("fraction", [0.6, 0.9])

@@ -33,8 +33,8 @@ backend = pytest.fixture(scope="module")(modules)
 def test_parts_are_paired_as_the_host_pairs_them(backend: SimpleNamespace) -> None:
     """As many parts as the shortest prompt has, each weighted as the last prompt's."""
     parts = [[(0, 1.0), (1, 0.5)], [(2, 0.7)], [(3, 0.9), (4, 0.3)]]
-    assert backend.patcher_calls.as_heard(parts) == [[(0, 0.9)], [(2, 0.9)], [(3, 0.9)]]
-    assert backend.patcher_calls.as_heard(parts[:1]) == parts[:1]
+    assert backend.patcher_calls.paired_parts(parts) == [[(0, 0.9)], [(2, 0.9)], [(3, 0.9)]]
+    assert backend.patcher_calls.paired_parts(parts[:1]) == parts[:1]
 
 
 def test_chunks_are_told_by_what_is_in_them(backend: SimpleNamespace) -> None:

@@ -94,12 +94,12 @@ def losses(model: Model, x: Tensor) -> list[Tensor]:
     seen: list[Tensor] = []
     delta = delta_of(model)
 
-    def heard(latents: Tensor) -> Tensor:
+    def attended(latents: Tensor) -> Tensor:
         prediction = delta(latents)
         seen.append(magnitude(prediction.detach()))
         return prediction
 
-    per_sample.adjust(x, heard, lr=0.01, target=0.0, max_steps=STEPS)
+    per_sample.adjust(x, attended, lr=0.01, target=0.0, max_steps=STEPS)
     return seen
 
 

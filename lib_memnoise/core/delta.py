@@ -43,8 +43,8 @@ class PromptedDelta(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
-    def hearing(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
-        """`heard(vectors, images)`: Δ(x, T) of those images of the latents x, each with other vectors.
+    def conditioned(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
+        """`attended(vectors, images)`: Δ(x, T) of those images of the latents x, each with other vectors.
 
         What does not depend on the vectors, the unconditional output, is evaluated once.
         """

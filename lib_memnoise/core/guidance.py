@@ -47,7 +47,7 @@ class Start:
     """Timestep and ‖Δ‖ of each step so far."""
 
     @property
-    def hears(self) -> bool:
+    def evaluates_prompt(self) -> bool:
         """Whether the prompt is evaluated also while guidance is off."""
         return self.at_transition or self.opposite > 0
 

@@ -32,7 +32,7 @@ class ImageReport:
     norm: float | None = None
     """‖x̃_T‖/√d."""
     sampled: float | None = None
-    """‖Δ‖ in the first step of what was sampled, against the prompt as it was heard; only where it was looked at."""
+    """‖Δ‖ in the first step of what was sampled, against the prompt as evaluated; only where it was looked at."""
     forward_rows: int = 0
     """Network rows evaluated: one row is one image under one prompt at one timestep."""
     backward_rows: int = 0

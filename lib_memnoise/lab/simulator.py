@@ -53,15 +53,15 @@ class Network:
     backward: Tensor
     answers: dict[int, tuple[Tensor, float, Tensor, Tensor, float]]
     """Of each image, the input, timestep and outputs of its smallest Δ, and ‖Δ‖: the sampler's first question."""
-    heard: tuple[Row, ...] | None = None
+    attention: tuple[Row, ...] | None = None
     """How each image's prompt is attended to; None: as usual."""
 
     def __call__(self, x: Tensor, t: float, conditional: bool, *, counted: bool = True) -> Tensor:
         """The native output under each image's prompt, or under the empty one."""
         if counted:
             self.forward[self.image] += 1
-        context, heard = (self.cond, self.heard) if conditional else (self.uncond, None)
-        return self._evaluate(x, t, context, heard)
+        context, attention = (self.cond, self.attention) if conditional else (self.uncond, None)
+        return self._evaluate(x, t, context, attention)
 
     def delta(self, x: Tensor, t: float, *, counted: bool = True) -> tuple[Tensor, Tensor]:
         """Δ(x, t) and the unconditional output, by two rows an image; none where the answer is known."""
@@ -77,13 +77,13 @@ class Network:
             return delta, unconditional
         if counted:
             self.forward[self.image] += 2
-        heard = None if self.heard is None else (*self.heard, *([PLAIN] * len(x)))
-        both = self._evaluate(torch.cat([x, x]), t, torch.cat([self.cond, self.uncond]), heard)
+        attention = None if self.attention is None else (*self.attention, *([PLAIN] * len(x)))
+        both = self._evaluate(torch.cat([x, x]), t, torch.cat([self.cond, self.uncond]), attention)
         conditional, unconditional = both.chunk(2)
         return conditional - unconditional, unconditional
 
-    def _evaluate(self, x: Tensor, t: float, context: Tensor, heard: Sequence[Row] | None) -> Tensor:
-        with contextlib.nullcontext() if heard is None else scaled(self.model.unet, heard):
+    def _evaluate(self, x: Tensor, t: float, context: Tensor, attention: Sequence[Row] | None) -> Tensor:
+        with contextlib.nullcontext() if attention is None else scaled(self.model.unet, attention):
             return self.model(x, torch.full((len(x),), t, device=x.device), context)
 
     def _known(self, x: Tensor, t: float) -> list[int]:
@@ -104,15 +104,17 @@ class Network:
     def of(self, images: list[int]) -> Network:
         if images == list(range(len(self.image))):
             return self
-        heard = None if self.heard is None else tuple(self.heard[i] for i in images)
-        return replace(self, cond=self.cond[images], uncond=self.uncond[images], image=self.image[images], heard=heard)
+        attention = None if self.attention is None else tuple(self.attention[i] for i in images)
+        return replace(
+            self, cond=self.cond[images], uncond=self.uncond[images], image=self.image[images], attention=attention
+        )
 
-    def hearing(self, captions: Sequence[str], prompts: Mapping[int, Prompt]) -> Network:
-        """The network with these images' prompts heard otherwise; what was known of them is not any more."""
+    def conditioned(self, captions: Sequence[str], prompts: Mapping[int, Prompt]) -> Network:
+        """The network with other prompts for these images; what was known of them is dropped."""
         if not prompts:
             return self
         cond, uncond = self.cond.clone(), self.uncond.clone()
-        heard = [PLAIN] * len(captions)
+        attention = [PLAIN] * len(captions)
         for i, prompt in prompts.items():
             if prompt.vectors is not None:
                 cond[i] = prompt.vectors[0]  # the answers are to these
@@ -124,9 +126,9 @@ class Network:
             if prompt.attention is not None:
                 used = len(words(prompt.text or captions[i])) + 2
                 kept = tuple(range(used)) if prompt.attention.mask_padding else None
-                heard[i] = Row(prompt.attention.scale, (0,), kept)
-        attended = any(row != PLAIN for row in heard)
-        return replace(self, cond=cond, uncond=uncond, heard=tuple(heard) if attended else None)
+                attention[i] = Row(prompt.attention.scale, (0,), kept)
+        attended = any(row != PLAIN for row in attention)
+        return replace(self, cond=cond, uncond=uncond, attention=tuple(attention) if attended else None)
 
     def _vectors(self, caption: str, prompt: Prompt) -> Tensor:
         ids = token_ids([caption if prompt.text is None else prompt.text])
@@ -185,7 +187,7 @@ class FirstDelta:
     def fixed(self) -> list[int]:
         return [0]
 
-    def hearing(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
+    def conditioned(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
         """See `lib_memnoise.core.delta.PromptedDelta`."""
         x, t = SAMPLERS[self.sampler].first(x, self.steps)
         known: list[Tensor] = []
@@ -223,25 +225,25 @@ class Guided:
     def __call__(self, x: Tensor, t: float) -> Tensor:
         images = range(len(self.starts))
         off = [i for i in images if self.starts[i].is_off(t)]
-        unheard = [i for i in off if not self.starts[i].hears]
-        heard = [i for i in images if i not in unheard]
+        unconditional_only = [i for i in off if not self.starts[i].evaluates_prompt]
+        evaluated = [i for i in images if i not in unconditional_only]
         predictions, sizes = list(x), list(x.new_zeros(len(x)))
-        if heard:
-            delta, unconditional = self._of(heard).delta(_part(x, heard), t)
+        if evaluated:
+            delta, unconditional = self._of(evaluated).delta(_part(x, evaluated), t)
             size, guided = magnitude(delta), unconditional + self.cfg * delta
-            for k, i in enumerate(heard):
+            for k, i in enumerate(evaluated):
                 predictions[i], sizes[i] = guided[k], size[k]
                 if i in off:
                     self.starts[i].observe(t, float(size[k]))
                 if self.starts[i].is_off(t):
                     # ε_θ(x_t, t, y_null) − s · ε̃(x_t, t, y) (opposite guidance, Jain et al. 2025); s = 0: off.
                     predictions[i] = unconditional[k] - self.starts[i].opposite * delta[k]
-        if unheard:
-            found = self._of(unheard)(_part(x, unheard), t, False)
+        if unconditional_only:
+            found = self._of(unconditional_only)(_part(x, unconditional_only), t, False)
             if self.looking:
-                conditional = self._of(unheard)(_part(x, unheard), t, True, counted=False)
+                conditional = self._of(unconditional_only)(_part(x, unconditional_only), t, True, counted=False)
                 size = magnitude(conditional - found)
-            for k, i in enumerate(unheard):
+            for k, i in enumerate(unconditional_only):
                 predictions[i] = found[k]
                 sizes[i] = size[k] if self.looking else sizes[i]
         if self.looking:
@@ -315,10 +317,10 @@ def generate(
             reports=[ImageReport(left_alone=not caption.strip()) for caption in captions],
         )
         outcome, starts = mitigated.outcome, mitigated.starts
-        adjusted, network = outcome.x, network.hearing(captions, outcome.prompts)
+        adjusted, network = outcome.x, network.conditioned(captions, outcome.prompts)
     guided = Guided(network, starts, cfg, looking)
     latents = SAMPLERS[sampler].sample(guided, adjusted, steps, model.parameterization)
     with torch.no_grad():
-        # of the prompt as it was heard
+        # of the prompt as it was evaluated
         after = magnitude(replace(look, network=network)(adjusted))
     return Generated(adjusted, latents, before, after, network.forward, network.backward, guided.trace, outcome)

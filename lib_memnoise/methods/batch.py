@@ -60,7 +60,7 @@ class BatchContext:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the network hears of an image instead of its prompt, in every step."""
+    """What the network is given of an image instead of its prompt, in every step."""
 
     text: str | None = None
     """Another text."""
@@ -89,7 +89,7 @@ class Outcome:
     failed: dict[int, str] = field(default_factory=dict)
     """Images whose latent could not be adjusted and is as it was."""
     prompts: dict[int, Prompt] = field(default_factory=dict)
-    """Images whose prompt is heard otherwise."""
+    """Images whose prompt is changed."""
 
 
 def aimed(settings: ResolvedSettings, factor: float) -> tuple[float | Callable[[Tensor], Tensor], object]:

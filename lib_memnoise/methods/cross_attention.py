@@ -11,7 +11,7 @@ from lib_memnoise.torch_utils.cross_attention import Attention
 
 
 def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
-    """The noise as it is, and every image's prompt heard with other attention, in every step.
+    """The noise as it is, and every image's prompt attended to differently, in every step.
 
     Only the conditional rows are; the authors' code masks the padding of the unconditional row as well.
     """

@@ -53,11 +53,11 @@ def adjust(
     Cost an image: one unconditional row, and a row for each of its prompts and losses; backward, that for each step.
     """
     x = working_precision(x)
-    heard = delta.hearing(x)
+    delta_of = delta.conditioned(x)
 
     def loss(vectors: list[Tensor], images: list[int]) -> Tensor:
         held = [_held(value, fixed) for value in vectors]
-        return magnitude(heard(held, images).to(x.dtype))
+        return magnitude(delta_of(held, images).to(x.dtype))
 
     found = descend(
         [value.to(x.dtype) for value in delta.vectors],

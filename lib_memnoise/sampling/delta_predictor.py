@@ -98,7 +98,7 @@ class DeltaPredictor(DeltaQuery):
         """Start tokens, one for each chunk, and what only pads to the negative prompt's length."""
         return [place for place in range(token_length(self.cond)) if place % CHUNK == 0 or place >= self.length]
 
-    def hearing(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
+    def conditioned(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
         """See `lib_memnoise.core.delta.PromptedDelta`."""
         known: list[Tensor] = []
 
@@ -110,8 +110,8 @@ class DeltaPredictor(DeltaQuery):
             for own in weights:
                 parts.append([(next_row + k, weight) for k, weight in enumerate(own)])
                 next_row += len(own)
-            heard = torch.cat(vectors).to(cond_rows.vectors(self.cond).dtype)
-            part = replace(part, parts=parts, cond=cond_rows.with_vectors(select_rows(self.cond, rows), heard))
+            learnt = torch.cat(vectors).to(cond_rows.vectors(self.cond).dtype)
+            part = replace(part, parts=parts, cond=cond_rows.with_vectors(select_rows(self.cond, rows), learnt))
             if not known:
                 with torch.no_grad():
                     known.append(self._unconditional(x))

@@ -123,7 +123,7 @@ class Guider(abc.ABC):
         self._native: dict[int, Tensor] = {}
         self._looked: set[int] = set()
         """Rows that are asked for only for the sake of ‖Δ‖."""
-        self._heard: list[Row] = []
+        self._attention: list[Row] = []
         """How the prompts' rows are attended to; empty: as usual."""
         self.cond: Cond = None
         self.uncond: Cond = None
@@ -196,7 +196,7 @@ class Guider(abc.ABC):
     def _give_up(self, error: Exception) -> None:
         """Go on with guidance as it would be without memnoise, and say so; or let `answer` fail the request."""
         self.error = error
-        self._off, self._given, self._heard = set(), {}, []
+        self._off, self._given, self._attention = set(), {}, []
         what = "guidance could not be held back" if self.plan.override is None else "the prompt could not be changed"
         for report in self.reports:
             if not report.left_alone:
@@ -204,12 +204,12 @@ class Guider(abc.ABC):
 
     def _hear(self, override: Override, denoiser: Any, params: Any) -> None:
         """Other conditions for this step. The host takes them from here; its own objects are not touched."""
-        params.text_cond, params.text_uncond, heard = (
+        params.text_cond, params.text_uncond, attention = (
             override.text_cond(denoiser, params.text_cond),
             override.text_uncond(denoiser, params.text_uncond),
             override.rows(denoiser),
         )
-        self._heard = heard if any(row != PLAIN for row in heard) else []
+        self._attention = attention if any(row != PLAIN for row in attention) else []
 
     def _plan(self, denoiser: Any, params: Any) -> None:
         step = self.step_of(denoiser, params)
@@ -223,7 +223,7 @@ class Guider(abc.ABC):
         images = range(len(step.weights))
         off = {i for i in images if self.reports[i].failed is None and self.starts[i].is_off(step.t)}
         self.step = step
-        if not step.known and (off or self._heard):
+        if not step.known and (off or self._attention):
             raise RuntimeError("another extension changed the batch")
         if not off:
             return
@@ -288,9 +288,11 @@ class Guider(abc.ABC):
             self._trace_guided()
         return out
 
-    def heard_by(self, rows: list[int]) -> list[Row]:
+    def attention_of(self, rows: list[int]) -> list[Row]:
         """How these rows are attended to; empty: as usual."""
-        return [self._heard[row] if row < len(self._heard) else PLAIN for row in rows] if self._heard else []
+        return (
+            [self._attention[row] if row < len(self._attention) else PLAIN for row in rows] if self._attention else []
+        )
 
     def count(self, rows: list[int], known: Sequence[bool]) -> None:
         """Count the rows that the network sees."""
@@ -320,12 +322,14 @@ class Guider(abc.ABC):
         """Evaluate what images without guidance are given, and see whether it starts in this very step."""
         step = self.step
         assert step is not None
-        watched = [image for image in images if self._reads() or self.starts[image].hears]
+        watched = [image for image in images if self._reads() or self.starts[image].evaluates_prompt]
         # Functions put into the network may count on the rows that the host has in a call, and on their order.
         beside = images if self.backend.is_patched() else watched
         prompts = [row for image in beside for row in self._rows_of(image)[0]]
         if beside is watched:
-            self._looked = {row for image in beside if not self.starts[image].hears for row in self._rows_of(image)[0]}
+            self._looked = {
+                row for image in beside if not self.starts[image].evaluates_prompt for row in self._rows_of(image)[0]
+            }
         others = [self._rows_of(image)[1] for image in images]
         unconditional = self.conditions(select_rows(self.uncond, images), others, unconditional=True)
         conditional = self.conditions(select_rows(self.cond, prompts), prompts, unconditional=False) if prompts else {}

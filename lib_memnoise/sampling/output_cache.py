@@ -24,12 +24,12 @@ class CachedRow:
     t: Tensor
     cond: Any
     out: Tensor
-    heard: Row = PLAIN
+    attention: Row = PLAIN
     """How its prompt was attended to."""
 
-    def is_to(self, x: Tensor, t: Tensor, cond: Any, heard: Row) -> bool:
+    def is_to(self, x: Tensor, t: Tensor, cond: Any, attention: Row) -> bool:
         """Whether this very row is asked for again."""
-        return self.heard == heard and equal(self.t, t) and equal(self.x, x) and equal(self.cond, cond)
+        return self.attention == attention and equal(self.t, t) and equal(self.x, x) and equal(self.cond, cond)
 
 
 @dataclass
@@ -43,9 +43,9 @@ class OutputCache:
         if image not in self.of_image or magnitude <= self.of_image[image][0]:
             self.of_image[image] = magnitude, rows
 
-    def find(self, x: Tensor, t: Tensor, cond: Any, heard: Row) -> Tensor | None:
+    def find(self, x: Tensor, t: Tensor, cond: Any, attention: Row) -> Tensor | None:
         every = (answer for _, rows in self.of_image.values() for answer in rows)
-        return next((answer.out for answer in every if answer.is_to(x, t, cond, heard)), None)
+        return next((answer.out for answer in every if answer.is_to(x, t, cond, attention)), None)
 
 
 class CachedModel:
@@ -70,7 +70,7 @@ class CachedModel:
         """Which rows of the last call were known."""
         self.native: Tensor = torch.empty(0)
         """The network's native output for the rows of the last call."""
-        self.heard: list[Row] = []
+        self.attention: list[Row] = []
         """How the rows of the next call are attended to; empty: as usual."""
 
     def __getattr__(self, name: str) -> Any:
@@ -102,12 +102,12 @@ class CachedModel:
     def _known(self, x: Tensor, t: Tensor, cond: Any) -> list[Tensor | None]:
         if not self._cache.of_image or self._cache.state != self._backend.state():
             return [None] * len(x)
-        heard, compared = self.heard or [PLAIN] * len(x), self._compared(cond)
-        return [self._cache.find(x[row], t[row], select_rows(compared, [row]), heard[row]) for row in range(len(x))]
+        attention, compared = self.attention or [PLAIN] * len(x), self._compared(cond)
+        return [self._cache.find(x[row], t[row], select_rows(compared, [row]), attention[row]) for row in range(len(x))]
 
     def _attending(self, rows: list[int]) -> AbstractContextManager[None]:
         """Around an evaluation of these rows of the call."""
-        heard = [self.heard[row] for row in rows] if self.heard else []
-        if all(row == PLAIN for row in heard):
+        attention = [self.attention[row] for row in rows] if self.attention else []
+        if all(row == PLAIN for row in attention):
             return contextlib.nullcontext()
-        return scaled(self._backend.unet, heard)
+        return scaled(self._backend.unet, attention)

@@ -1,4 +1,4 @@
-"""Cross-attention that hears the start token louder and the padding not at all, for some rows (Ren et al. 2024)."""
+"""Cross-attention that scales the start token and masks the padding, for some rows (Ren et al. 2024)."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def scaled(unet: nn.Module, rows: Sequence[Row]) -> Iterator[None]:
         raise RuntimeError("no cross-attention was found in the network")
     every = [_Heard(rows, module) for module in modules]
     with contextlib.ExitStack() as restored:
-        for module, heard in zip(modules, every):
-            restored.enter_context(standing_in(module, heard))
-            handle = module.to_k.register_forward_hook(heard.scale_keys)  # type: ignore[union-attr, operator]
+        for module, stand_in in zip(modules, every):
+            restored.enter_context(standing_in(module, stand_in))
+            handle = module.to_k.register_forward_hook(stand_in.scale_keys)  # type: ignore[union-attr, operator]
             restored.callback(handle.remove)
         yield
-    if not any(heard.called for heard in every):
+    if not any(stand_in.called for stand_in in every):
         raise RuntimeError("the network was evaluated without its cross-attention, by another implementation of it")
 
 
@@ -90,9 +90,9 @@ class _Heard:
         if x.shape[0] != len(self.rows) or context.shape[0] != len(self.rows):
             raise RuntimeError("another extension changed the batch inside the network")
         groups: dict[tuple[int, ...], list[int]] = {}
-        for row, heard in enumerate(self.rows):
-            if heard.kept is not None:
-                groups.setdefault(heard.kept, []).append(row)
+        for row, scale in enumerate(self.rows):
+            if scale.kept is not None:
+                groups.setdefault(scale.kept, []).append(row)
         masked = [row for group in groups.values() for row in group]
         every = list(range(len(self.rows)))
         out = self._ask(every, None, x, context, kwargs) if len(masked) < len(every) else None

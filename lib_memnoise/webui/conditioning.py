@@ -1,4 +1,4 @@
-"""What the network hears instead of an image's prompt, for one pass. The host's own conditions stay as they are."""
+"""The conditions that replace an image's prompt for one pass. The host's own stay as they are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lib_memnoise.webui.sampling_pass import SamplingPass
 
 
 class ConditioningOverride:
-    """Encodes what is to be heard once for each checkpoint that a pass uses, and gives each step its conditions."""
+    """Encodes replacements once for each checkpoint that a pass uses, and gives each step its conditions."""
 
     def __init__(self, current: SamplingPass, prompts: Mapping[int, Prompt]) -> None:
         """
@@ -204,7 +204,7 @@ class ConditioningOverride:
                 continue
             for text in self.step_texts(image, denoiser.step):
                 place = self.places(text)
-                found.append(Row(attention.scale, place.starts, place.heard if attention.mask_padding else None))
+                found.append(Row(attention.scale, place.starts, place.unpadded if attention.mask_padding else None))
         return found
 
 

@@ -1,4 +1,4 @@
-"""Tokens of a prompt and the vectors that the network hears of them."""
+"""Tokens of a prompt, and where they are in its conditions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Places:
     starts: tuple[int, ...]
     ends: tuple[int, ...]
     """Of each chunk, the first end token."""
-    heard: tuple[int, ...]
+    unpadded: tuple[int, ...]
     """All that is no padding: starts, words and ends."""
 
 
@@ -68,7 +68,7 @@ def places(text: str) -> Places:
     return Places(
         starts=tuple(CHUNK * k for k in range(len(chunks))),
         ends=tuple(CHUNK * k + end for k, end in enumerate(ends)),
-        heard=tuple(CHUNK * k + place for k, end in enumerate(ends) for place in range(end + 1)),
+        unpadded=tuple(CHUNK * k + place for k, end in enumerate(ends) for place in range(end + 1)),
     )
 
 

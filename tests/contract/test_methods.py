@@ -128,11 +128,14 @@ def test_the_prompt_s_vectors_cost_one_unconditional_row(studio: Studio) -> None
 def test_noise_selection_hands_the_chosen_noise_on(studio: Studio) -> None:
     plain = studio.run({"method": "none"}, batch_size=2)
     run = studio.run({"method": "noise_selection", "candidates": 5}, batch_size=2)
+    notes = [run.read("Memnoise note", image) or "" for image in range(2)]
+    # Where both images keep their noise the pictures are those without, to the bit, and nothing is handed on.
+    others = 8 if any("was chosen" in note for note in notes) else 10
     for image in range(2):
         assert run.number("magnitude", image) == plain.number("magnitude", image)
         assert run.number("magnitude after", image) <= run.number("magnitude", image)
-        assert run.number("rows", image) == plain.number("rows", image) + 8
-        chosen = "was chosen" in (run.read("Memnoise note", image) or "")
+        assert run.number("rows", image) == plain.number("rows", image) + others
+        chosen = "was chosen" in notes[image]
         assert chosen == (run.number("magnitude after", image) < run.number("magnitude", image))
     assert same(studio.run({"method": "noise_selection", "candidates": 1}, batch_size=2), studio.run(batch_size=2))
 

@@ -259,11 +259,11 @@ class WrapperGuider(Guider):
         return self.answer(rows, x, sigma, **kwargs)
 
     def evaluate(self, rows: list[int], x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        self._cached.heard = self.heard_by(rows)
+        self._cached.attention = self.attention_of(rows)
         try:
             out: Tensor = self._forward(x, sigma, **kwargs)
         finally:
-            self._cached.heard = []
+            self._cached.attention = []
         self.count(rows, self._cached.known)
         return out, self._cached.native.detach()
 

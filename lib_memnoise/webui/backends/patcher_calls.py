@@ -38,7 +38,7 @@ def gain(model: Any, sigma: Tensor) -> float:
     return float(scaling(model).calculate_denoised(sigma, one, torch.zeros_like(one)))
 
 
-def as_heard(parts: Composition) -> Composition:
+def paired_parts(parts: Composition) -> Composition:
     """The host pairs the k-th parts of all images: as many as the shortest prompt has, weighted as the last one's."""
     count = min(len(own) for own in parts)
     return [[(row, weight) for (row, _), (_, weight) in zip(own[:count], parts[-1])] for own in parts]

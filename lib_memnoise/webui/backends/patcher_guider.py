@@ -20,11 +20,11 @@ from lib_memnoise.webui.backends.patcher_calls import (
     ELSEWHERE,
     UNCOND,
     WRAPPER,
-    as_heard,
     call_behind,
     contents,
     gain,
     nested,
+    paired_parts,
     scaling,
     some_rows,
     which_part,
@@ -79,8 +79,8 @@ class PatchGuider(Guider):
 
     def step_of(self, denoiser: Any, params: Any) -> Step:
         batch = denoiser.sampler.sampler_extra_args["cond"].batch
-        heard = as_heard([[(k, part.weight) for k, part in enumerate(parts)] for parts in batch])
-        weights = [[weight for _, weight in own] for own in heard]
+        paired = paired_parts([[(k, part.weight) for k, part in enumerate(parts)] for parts in batch])
+        weights = [[weight for _, weight in own] for own in paired]
         lengths = [len(parts) for parts in batch]
         # Rows of the texts that are each part.
         self._rows_of_part = [[sum(lengths[:i]) + k for i in range(len(batch))] for k in range(min(lengths))]
@@ -138,11 +138,11 @@ class PatchGuider(Guider):
 
     def evaluate(self, rows: list[int], x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         c = kwargs["c"] if "c" in kwargs else self._conditioned(**kwargs)
-        self._cached.heard = self.heard_by(rows)
+        self._cached.attention = self.attention_of(rows)
         try:
             out = self._cached.apply_model(x, sigma, c)
         finally:
-            self._cached.heard = []
+            self._cached.attention = []
         self.count(rows, self._cached.known)
         return out, out.detach() / gain(self._unet.model, sigma[:1])
 

@@ -27,10 +27,10 @@ from lib_memnoise.webui.backends.base import WebuiBackend
 from lib_memnoise.webui.backends.patcher_calls import (
     UNCOND,
     WRAPPER,
-    as_heard,
     call_behind,
     contents,
     gain,
+    paired_parts,
     patcher,
     scaling,
     which_part,
@@ -129,7 +129,7 @@ class UnetPatcherBackend(WebuiBackend):
         return FirstStep(float(timestep), sigma, scale, c_in, base, sigma=float(sigma))
 
     def composition(self, parts: Composition) -> Composition:
-        return as_heard(parts)
+        return paired_parts(parts)
 
     def evaluate(self, query: DeltaQuery, inputs: Tensor, owners: list[int], cond: Cond) -> Evaluated:
         if query.unconditional is not None:

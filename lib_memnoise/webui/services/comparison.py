@@ -42,7 +42,7 @@ class Cell:
     settings: dict[str, Any]
     seed: int
     score: float | None
-    """‖Δ‖ at the first step of the noise that was sampled, against the prompt as it was heard."""
+    """‖Δ‖ at the first step of the noise that was sampled, against the prompt as it was evaluated."""
     similarity: float | None
     """To the reference picture: correlation of blurred pictures, −1…1."""
     rows: int

@@ -91,7 +91,7 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
         )
         with left_as_it_was(self):
             predictor = current.predictor()
-            found = self.heard(x, predictor) if self.wants_words else [[] for _ in x]
+            found = self.word_scores(x, predictor) if self.wants_words else [[] for _ in x]
             if not self.wants_words:
                 predictor(x)
         for k, report in enumerate(reports):
@@ -103,7 +103,7 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
         nothing = torch.zeros(3, 8, 8)
         return processing.DecodedSamples([nothing for _ in x])
 
-    def heard(self, x: Tensor, predictor: DeltaPredictor) -> list[list[tuple[str, float]]]:
+    def word_scores(self, x: Tensor, predictor: DeltaPredictor) -> list[list[tuple[str, float]]]:
         """‖∂‖Δ‖/∂e_i‖ of every token i, merged to words (Wen et al. 2024)."""
         cond, owners = predictor.cond, [i for i, part in enumerate(predictor.parts) for _ in part]
         vectors = cond_rows.vectors(cond).detach().clone().requires_grad_()
