@@ -23,7 +23,7 @@ from lib_memnoise.lab.simulator import PER_SAMPLE, generate, noises
 from lib_memnoise.methods.batch import BatchContext, Outcome
 from lib_memnoise.methods.pipeline import run
 from lib_memnoise.registry import METHODS
-from lib_memnoise.sampling.memory_mode import KEPT, Lean, first_attempt, run_from
+from lib_memnoise.sampling.memory_mode import KEPT, MemoryMode, first_attempt, run_from
 from lib_memnoise.settings import Settings
 from tests.networks import SmallDelta, noise
 
@@ -194,7 +194,7 @@ def walked(most: int, batch: int = 3, **given: Any) -> tuple[Outcome, list[str],
     emptied: list[None] = []
     settings = Settings(enabled=True, method="per_sample", preset="custom", lr=0.02, target=0.0, max_steps=2)
     outcome = run_from(
-        Lean.PLAIN, noise(batch), Scarce(most), settings.resolved("sd1"), BatchContext("eps"), unet=SmallDelta(),
+        MemoryMode.PLAIN, noise(batch), Scarce(most), settings.resolved("sd1"), BatchContext("eps"), unet=SmallDelta(),
         empty=lambda: emptied.append(None), note=notes.append, **given,
     )  # fmt: skip
     return outcome, notes, len(emptied)
@@ -203,10 +203,10 @@ def walked(most: int, batch: int = 3, **given: Any) -> tuple[Outcome, list[str],
 def test_out_of_memory_every_leaner_way_is_tried() -> None:
     plain, notes, emptied = walked(3)
     assert not notes and emptied == 0 and "gradient" not in plain.used
-    lean, notes, emptied = walked(1)
+    mode, notes, emptied = walked(1)
     assert [note.split(", ", 1)[1] for note in notes] == ["checkpointed", "checkpointed, one image at a time"]
-    assert emptied == 2 and lean.used["gradient"] == "checkpointed,_one_image_at_a_time"
-    torch.testing.assert_close(lean.x, plain.x)
+    assert emptied == 2 and mode.used["gradient"] == "checkpointed,_one_image_at_a_time"
+    torch.testing.assert_close(mode.x, plain.x)
     with pytest.raises(torch.OutOfMemoryError):
         walked(0)
     with pytest.raises(torch.OutOfMemoryError):
@@ -235,6 +235,6 @@ def test_a_check_is_made_until_it_has_come_to_an_end() -> None:
 def test_the_first_way_is_the_fastest_that_fits() -> None:
     unet, x = torch.nn.Linear(1, 1).half(), noise(2)
     pixels = 4 * x.shape[-1] * x.shape[-2] * 2
-    assert first_attempt(unet, x, 4, float("inf")) is Lean.PLAIN
-    assert first_attempt(unet, x, 4, KEPT[Lean.PLAIN] * pixels) is Lean.CHECKPOINTED
-    assert first_attempt(unet, x, 4, 0) is Lean.ONE_BY_ONE
+    assert first_attempt(unet, x, 4, float("inf")) is MemoryMode.PLAIN
+    assert first_attempt(unet, x, 4, KEPT[MemoryMode.PLAIN] * pixels) is MemoryMode.CHECKPOINTED
+    assert first_attempt(unet, x, 4, 0) is MemoryMode.ONE_BY_ONE

@@ -61,8 +61,8 @@ def difference(network: Network, x: Tensor, direction: Tensor) -> Tensor:
         return (network(x + step * direction).norm() - network(x - step * direction).norm()) / (2 * step)
 
 
-@pytest.mark.parametrize("lean", [False, True])
-def test_gradient_is_that_of_finite_differences(lean: bool) -> None:
+@pytest.mark.parametrize("mode", [False, True])
+def test_gradient_is_that_of_finite_differences(mode: bool) -> None:
     made, plain = networks()
     weight = made.middle_block.mix.weight
     x, direction = torch.randn(2, 3, 5, 6, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_gradient_is_that_of_finite_differences(lean: bool) -> None:
             assert made.middle_block.mix.weight.data_ptr() == weight.data_ptr()  # no memory of its own
             with torch.enable_grad():
                 latent = x.clone().requires_grad_()
-                if lean:
+                if mode:
                     with checkpointed(made):
                         out = made(latent)
                 else:

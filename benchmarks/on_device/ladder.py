@@ -11,13 +11,17 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import magnitude
 from lib_memnoise.methods.batch import BatchContext, Outcome
-from lib_memnoise.sampling.memory_mode import Lean, run_from
+from lib_memnoise.sampling.memory_mode import MemoryMode, run_from
 from lib_memnoise.torch_utils.oom import is_out_of_memory
 from on_device.methods import METHODS, PER_SAMPLE, first_delta, generate
 from on_device.run import Run
 from on_device.shapes import Model, make_model, noise
 
-WAYS = {Lean.PLAIN: "plain", Lean.CHECKPOINTED: "checkpointed", Lean.ONE_BY_ONE: "one image at a time"}
+WAYS = {
+    MemoryMode.PLAIN: "plain",
+    MemoryMode.CHECKPOINTED: "checkpointed",
+    MemoryMode.ONE_BY_ONE: "one image at a time",
+}
 STEPS = 2
 TOLERANCE = 0.01
 """How far ‖Δ‖ of the adjusted noise may be from what it is without a limit. The noise itself is no measure: AdamW
@@ -34,13 +38,13 @@ def settle() -> None:
     torch.cuda.empty_cache()
 
 
-def walk(model: Model, x: Tensor, lean: Lean) -> tuple[Outcome, list[str], list[int]]:
+def walk(model: Model, x: Tensor, mode: MemoryMode) -> tuple[Outcome, list[str], list[int]]:
     """`run_from` with the product's settings. Also the notes and the rows counted."""
     settings = PER_SAMPLE.resolved("sd1")
     notes: list[str] = []
     delta = first_delta(model)
     outcome = run_from(
-        lean,
+        mode,
         x,
         delta,
         replace(settings, max_steps=STEPS),
@@ -62,13 +66,13 @@ def measure(run: Run) -> None:
     x = noise(batch, size, run.device)
     generate(model, x, METHODS[2], work=1, calls=1)
     total = torch.cuda.get_device_properties(0).total_memory
-    needed: dict[Lean, int] = {}
+    needed: dict[MemoryMode, int] = {}
     found: list[Outcome] = []
-    for lean in (Lean.PLAIN, *Lean):
+    for mode in (MemoryMode.PLAIN, *MemoryMode):
         settle()
         torch.cuda.reset_peak_memory_stats()
-        outcome, *_ = walk(model, x, lean)
-        needed[lean] = torch.cuda.max_memory_reserved()
+        outcome, *_ = walk(model, x, mode)
+        needed[mode] = torch.cuda.max_memory_reserved()
         found.append(outcome)
     free, again = found[:2]
     twice = apart(again, free, x)
@@ -76,13 +80,13 @@ def measure(run: Run) -> None:
     settle()
     base = torch.cuda.memory_reserved()
     limits = {
-        "checkpointed": (needed[Lean.PLAIN] + needed[Lean.CHECKPOINTED]) // 2,
-        "one image at a time": (needed[Lean.CHECKPOINTED] + needed[Lean.ONE_BY_ONE]) // 2,
-        "none of them": (base + needed[Lean.ONE_BY_ONE]) // 2,
+        "checkpointed": (needed[MemoryMode.PLAIN] + needed[MemoryMode.CHECKPOINTED]) // 2,
+        "one image at a time": (needed[MemoryMode.CHECKPOINTED] + needed[MemoryMode.ONE_BY_ONE]) // 2,
+        "none of them": (base + needed[MemoryMode.ONE_BY_ONE]) // 2,
     }
     rows = [attempt(model, x, free, wanted, limit, total) for wanted, limit in limits.items()]
     remarks = ["Reserved at the peak without a limit, MB: "]
-    remarks[0] += ", ".join(f"{WAYS[lean]} {value / 1e6:,.0f}" for lean, value in needed.items())
+    remarks[0] += ", ".join(f"{WAYS[mode]} {value / 1e6:,.0f}" for mode, value in needed.items())
     remarks.append(f"With the network at rest: {base / 1e6:,.0f} MB.")
     remarks.append(f"Plainly and without a limit twice: displacements {twice:.2f} of their length apart.")
     run.record(
@@ -101,7 +105,7 @@ def attempt(model: Model, x: Tensor, free: Outcome, wanted: str, limit: int, tot
     tried, ended, same = "plain", "", None
     torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
-        outcome, notes, rows = walk(model, x, Lean.PLAIN)
+        outcome, notes, rows = walk(model, x, MemoryMode.PLAIN)
         tried = " → ".join(["plain", *(note.split(", ", 1)[1] for note in notes)])
         ended = str(outcome.used.get("gradient", "plain")).replace("_", " ") + f", {rows[0]} rows"
         assert outcome.after is not None and free.after is not None

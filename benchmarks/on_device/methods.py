@@ -73,7 +73,7 @@ class Method:
     """By which guidance starts."""
     late: bool = False
     """Guidance is off until τ."""
-    lean: bool = False
+    mode: bool = False
     """Checkpointed."""
     prototype: bool = False
     time: float | None = None
@@ -110,7 +110,7 @@ METHODS = (
         "per-sample, checkpointed",
         product(PER_SAMPLE, "max_steps"),
         8,
-        lean=True,
+        mode=True,
         time=1.40,
         memory=1.35,
         paper=(1.51, 2.72),
@@ -144,7 +144,7 @@ def generate(model: Model, x: Tensor, method: Method, *, work: int | None = None
     delta = first_delta(model)
     adjusted, outcome = x, None
     if method.way is not None:
-        with checkpointed(model.unet) if method.lean else contextlib.nullcontext():
+        with checkpointed(model.unet) if method.mode else contextlib.nullcontext():
             outcome = method.way(x, delta, BatchContext("eps"), method.work if work is None else work)
         adjusted = outcome.x
     starts = [make_start(BATCH_WISE.resolved("sd1"), 981.0) if method.late else Start() for _ in range(len(x))]

@@ -1,4 +1,4 @@
-"""Gradients as lean as memory asks for: plainly, checkpointed, or one image after the other."""
+"""How much memory a gradient takes: plain, with checkpoints, or one image after the other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lib_memnoise.torch_utils.checkpointing import checkpointed
 from lib_memnoise.torch_utils.oom import is_out_of_memory
 
 
-class Lean(IntEnum):
+class MemoryMode(IntEnum):
     """Ways to compute the gradient, each with less memory than the one before."""
 
     PLAIN = 0
@@ -27,9 +27,9 @@ class Lean(IntEnum):
     """And the images of a batch one after the other."""
 
 
-WORDS = {Lean.CHECKPOINTED: "checkpointed", Lean.ONE_BY_ONE: "checkpointed, one image at a time"}
+WORDS = {MemoryMode.CHECKPOINTED: "checkpointed", MemoryMode.ONE_BY_ONE: "checkpointed, one image at a time"}
 
-KEPT = {Lean.PLAIN: 85_000, Lean.CHECKPOINTED: 20_000}
+KEPT = {MemoryMode.PLAIN: 85_000, MemoryMode.CHECKPOINTED: 20_000}
 """Numbers kept for the backward pass, for each row and each pixel of the latent, in a U-Net of SD 1.4's shape
 (`benchmarks/gradient.py kept`; checkpointed: 6,500, and the block that is evaluated again). Others differ; where this
 is too low, running out of memory is what tells."""
@@ -48,16 +48,16 @@ def free_memory(device: torch.device) -> float:
     return float("inf")
 
 
-def first_attempt(unet: nn.Module, x: Tensor, rows: int, free: float) -> Lean:
+def first_attempt(unet: nn.Module, x: Tensor, rows: int, free: float) -> MemoryMode:
     """The fastest way whose estimated memory is there. x: the latents; rows: network rows evaluated at once."""
     # Weights may be kept in fewer bits than what is computed of them.
     size = max(2, next(unet.parameters()).element_size())
     pixels = x.shape[-1] * x.shape[-2]
-    return next((lean for lean, kept in KEPT.items() if kept * size * rows * pixels < free), Lean.ONE_BY_ONE)
+    return next((mode for mode, kept in KEPT.items() if kept * size * rows * pixels < free), MemoryMode.ONE_BY_ONE)
 
 
 def run_from(
-    lean: Lean,
+    mode: MemoryMode,
     x: Tensor,
     delta: Delta,
     settings: ResolvedSettings,
@@ -68,7 +68,7 @@ def run_from(
     note: Callable[[str], object],
     check: Callable[[], object] | None = None,
 ) -> Outcome:
-    """`run` in this way; out of memory, it is tried again in a leaner one.
+    """`run` in this mode; out of memory, it is tried again in one that takes less.
 
     Args:
         unet: the network behind Δ, whose blocks are checkpointed.
@@ -78,23 +78,23 @@ def run_from(
 
     What an attempt evaluated stays counted. Raises what the leanest attempt raises.
     """
-    last = Lean.ONE_BY_ONE if x.shape[0] > 1 else Lean.CHECKPOINTED
-    lean = min(lean, last)
+    last = MemoryMode.ONE_BY_ONE if x.shape[0] > 1 else MemoryMode.CHECKPOINTED
+    mode = min(mode, last)
     while True:
         try:
-            with checkpointed(unet) if lean else contextlib.nullcontext():
+            with checkpointed(unet) if mode else contextlib.nullcontext():
                 if check is not None:
                     check()
                     check = None
-                way = run_each if lean is Lean.ONE_BY_ONE else run
+                way = run_each if mode is MemoryMode.ONE_BY_ONE else run
                 outcome = way(x, delta, settings, context)
-            if lean:
-                outcome.used["gradient"] = WORDS[lean].replace(" ", "_")
+            if mode:
+                outcome.used["gradient"] = WORDS[mode].replace(" ", "_")
             return outcome
         except Exception as error:
-            if lean == last or not is_out_of_memory(error):
+            if mode == last or not is_out_of_memory(error):
                 raise
         # Out here the failed attempt's tensors are gone.
         empty()
-        lean = Lean(lean + 1)
-        note(f"out of memory; the noise was adjusted again, {WORDS[lean]}")
+        mode = MemoryMode(mode + 1)
+        note(f"out of memory; the noise was adjusted again, {WORDS[mode]}")

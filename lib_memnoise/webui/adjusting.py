@@ -19,7 +19,7 @@ from lib_memnoise.sampling.delta_predictor import DeltaPredictor
 from lib_memnoise.settings import ABSOLUTE, ResolvedSettings, Settings, size_factor
 from lib_memnoise.webui.blank_prompts import blank_images
 from lib_memnoise.webui.checkpoint import checkpoint_preset
-from lib_memnoise.webui.gradients import run_leanly
+from lib_memnoise.webui.gradients import run_in_memory
 from lib_memnoise.webui.sampling_pass import SamplingPass
 from lib_memnoise.webui.services import calibrations
 
@@ -105,7 +105,7 @@ def mitigated(
 
     def with_gradient(x: Tensor, delta: Delta, context: BatchContext) -> Outcome:
         assert isinstance(delta, DeltaPredictor)
-        return run_leanly(x, delta, settings, context)
+        return run_in_memory(x, delta, settings, context)
 
     def told(outcome: Outcome) -> None:
         if torch.equal(outcome.x, current.noise) and not outcome.prompts:

@@ -1,4 +1,4 @@
-"""Gradients with respect to the noise in the host's network: nothing else gets one, and as lean as memory asks for."""
+"""Gradients with respect to the noise in the host's network, within the memory that there is."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ GRADIENT_TOLERANCE = 0.05
 """How far a difference quotient may be from the gradient's length; with the tests' checkpoints they are 0.1 % apart."""
 
 
-def run_leanly(x: Tensor, delta: DeltaPredictor, settings: ResolvedSettings, context: BatchContext) -> Outcome:
-    """`run` in the fastest way that memory allows; out of memory, it is tried again in a leaner one.
+def run_in_memory(x: Tensor, delta: DeltaPredictor, settings: ResolvedSettings, context: BatchContext) -> Outcome:
+    """`run` in the fastest mode that memory allows; out of memory, it is tried again in one that takes less.
 
     What an attempt evaluated stays counted. Raises what the leanest attempt raises.
     """

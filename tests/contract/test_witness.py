@@ -255,15 +255,15 @@ def test_out_of_memory_is_tried_again_leaner(studio: Studio, batch: int, calls: 
             )
 
 
-@pytest.mark.parametrize("lean", [1, 2])
-def test_what_was_checkpointed_is_handed_over_too(studio: Studio, monkeypatch: pytest.MonkeyPatch, lean: int) -> None:
+@pytest.mark.parametrize("mode", [1, 2])
+def test_what_was_checkpointed_is_handed_over_too(studio: Studio, monkeypatch: pytest.MonkeyPatch, mode: int) -> None:
     if studio.is_real:
         pytest.skip("memory is not short there")
     plain = studio.run(PER_SAMPLE, batch_size=2)
-    from lib_memnoise.sampling.memory_mode import Lean
+    from lib_memnoise.sampling.memory_mode import MemoryMode
     from lib_memnoise.webui import gradients
 
-    monkeypatch.setattr(gradients, "first_attempt", lambda *args: Lean(lean))
+    monkeypatch.setattr(gradients, "first_attempt", lambda *args: MemoryMode(mode))
     run = studio.run(PER_SAMPLE, batch_size=2)
     for image in range(2):
         assert "gradient=checkpointed" in (run.read("Memnoise used", image) or "")

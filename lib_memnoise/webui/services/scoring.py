@@ -23,7 +23,7 @@ from lib_memnoise.core.report import ImageReport
 from lib_memnoise.errors import Interrupted, Unsupported
 from lib_memnoise.sampling import cond_rows
 from lib_memnoise.sampling.delta_predictor import DeltaPredictor
-from lib_memnoise.sampling.memory_mode import Lean, first_attempt, free_memory
+from lib_memnoise.sampling.memory_mode import MemoryMode, first_attempt, free_memory
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.checkpointing import checkpointed
 from lib_memnoise.webui import tokens
@@ -109,8 +109,8 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
         vectors = cond_rows.vectors(cond).detach().clone().requires_grad_()
         backend = predictor.backend
         with backend.gradients(), torch.enable_grad():
-            lean = first_attempt(backend.unet, x, predictor.rows, free_memory(x.device))
-            block = checkpointed(backend.unet) if lean > Lean.PLAIN else contextlib.nullcontext()
+            mode = first_attempt(backend.unet, x, predictor.rows, free_memory(x.device))
+            block = checkpointed(backend.unet) if mode > MemoryMode.PLAIN else contextlib.nullcontext()
             with block:
                 delta = replace(predictor, cond=cond_rows.with_vectors(cond, vectors))(x)
                 (gradient,) = torch.autograd.grad(magnitude(delta).sum(), vectors)
