@@ -100,6 +100,7 @@ def option(*names: str, **attributes: Any) -> Decorator:
 
 
 flag = partial(option, is_flag=True)
+asked = partial(option, into="request", heading="What the WebUI is asked for, instead of its defaults")
 
 
 def together(*options: Decorator) -> Decorator:
@@ -143,6 +144,3 @@ def webui(*more: Decorator, required: bool) -> Decorator:
         *more,
         flag("--json", "as_json", help="Print the answer as JSON."),
     )
-
-
-asked = partial(option, into="request", heading="What the WebUI is asked for, instead of its defaults")
