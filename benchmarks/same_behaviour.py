@@ -117,7 +117,7 @@ def main() -> int:
     alone = sorted(before.keys() ^ after.keys())
     answers = sum(len(value) for value in after.values() if isinstance(value, list))
     print(f"{len(before)} before, {len(after)} after, {answers} answers")
-    print(f"{len(differing)} differ, {len(alone)} are in one alone")    )
+    print(f"{len(differing)} differ, {len(alone)} are in one alone")
     for key in differing:
         print(f"differs: {key}")
         if isinstance(before[key], list):

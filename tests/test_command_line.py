@@ -9,13 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
+import webbrowser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lib_memnoise import __main__ as command_line
 from lib_memnoise import __version__
 from lib_memnoise.__main__ import main
 from lib_memnoise.lab import claims, comparison, experiment
@@ -87,7 +87,7 @@ def test_json(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
 
 def test_table_and_page(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(command_line.webbrowser, "open", opened.append)
+    monkeypatch.setattr(webbrowser, "open", opened.append)
     prompt = "a fox on a red background"
     main(["demo", *SMALL, "--prompt", prompt, "--sampler", "Euler", "--open"])
     out = capsys.readouterr().out
