@@ -1,5 +1,5 @@
 // Shows the controls that the chosen method, preset, "when" and start of guidance use; no round trip to the server.
-function memnoiseShow(tab, methodLabel, presetLabel, whenLabel, guidanceLabel) {
+function memnoiseShow(tab, methodLabel, presetLabel, whenLabel, guidanceLabel, ruleLabel) {
     const root = gradioApp().querySelector(`#script_${tab}_memnoise_enabled`);
     if (!root) return [];
     const names = JSON.parse(root.querySelector(".memnoise-labels").dataset.labels);
@@ -9,12 +9,15 @@ function memnoiseShow(tab, methodLabel, presetLabel, whenLabel, guidanceLabel) {
     const now = {
         when: names.when[whenLabel],
         guidance: guidance === "method" ? names.starts[method] : guidance,
+        rule: names.rule[ruleLabel],
     };
     for (const part of root.querySelectorAll(".memnoise-part, .memnoise-custom, .memnoise-only")) {
         const has = (name) => part.classList.contains(`memnoise-${name}`);
         const shown = (!has("part") || has(method)) &&
             (!has("custom") || preset === "custom") &&
             (!has("only") || Object.entries(now).some(([name, value]) => has(`only-${name}-${value}`))) &&
+            (!has(`with-${method}`) ||
+                Object.entries(now).some(([name, value]) => has(`with-${method}-${name}-${value}`))) &&
             (!has("preset-hint") || has(`preset-${preset}`));
         part.classList.toggle("memnoise-hidden", !shown);
     }
@@ -42,6 +45,6 @@ onUiLoaded(() => {
     // The first values may come from ui-config.json, so they are read off the page.
     for (const tab of ["txt2img", "img2img"]) {
         const value = (name) => gradioApp().querySelector(`#script_${tab}_memnoise_${name} input`)?.value;
-        memnoiseShow(tab, ...["method", "preset", "when", "guidance"].map(value));
+        memnoiseShow(tab, ...["method", "preset", "when", "guidance", "rule"].map(value));
     }
 });

@@ -37,6 +37,12 @@ METHODS: dict[str, Method] = {
         guidance="first",
         needs_gradient=True,
     ),
+    "repulsion": Method(
+        label="Repulsion",
+        help="Moves the noise away from the memory, by one evaluation and without a gradient; its length stays. "
+        "This project's own: nothing is published.",
+        guidance="first",
+    ),
     "static": Method(
         label="Static transition point",
         help="The noise as it is; guidance off until τ. Costs less than no mitigation.",

@@ -12,7 +12,7 @@ from torch import Tensor
 from lib_memnoise.methods.batch import BatchContext, Outcome
 from lib_memnoise.methods.pipeline import run
 from lib_memnoise.registry import METHODS
-from lib_memnoise.settings import SPECS, from_mapping, is_used, type_of
+from lib_memnoise.settings import SPECS, condition, from_mapping, is_used, type_of
 from tests.networks import noise
 from tests.test_methods import Spoken
 
@@ -46,7 +46,9 @@ def at(method: str, name: str, value: Any) -> dict[str, Any]:
     """Settings that use this one."""
     given: dict[str, Any] = {"method": method, name: value}
     if not is_used(name, given):
-        given["guidance"] = SPECS[name].only[1]  # type: ignore[index]
+        needed = condition(name, given)
+        assert needed is not None
+        given[needed[0]] = needed[1]
     if is_used("max_steps", given):
         # In reach of a thousand steps, and out of reach of others.
         quick = (

@@ -54,6 +54,7 @@ def mappings(draw: st.DrawFn) -> dict[str, Any]:
     deciding = {"method": method, **{name: draw(valid(name)) for name in DECIDING if name != "method"}}
     if METHODS[method].module == "transition" and deciding["guidance"] == "first":
         deciding["guidance"] = "method"
+    deciding = {name: value for name, value in deciding.items() if is_used(name, deciding)}
     names = [n for n in SPECS if n not in (*DECIDING, "enabled") and is_used(n, deciding)]
     chosen = draw(st.lists(st.sampled_from(names), unique=True))
     return {"enabled": True, **deciding, **{name: draw(valid(name)) for name in chosen}}
@@ -118,7 +119,7 @@ def test_other_mistakes() -> None:
     ):
         from_mapping({"lr": 0.1})
     with pytest.raises(
-        SettingError, match=r'method = "wise" is not valid; it must be one of batch_wise, per_sample, static, dynamic'
+        SettingError, match=r'method = "wise" is not valid; it must be one of batch_wise, per_sample, repulsion, static'
     ):
         from_mapping({"method": "wise"})
     with pytest.raises(SettingError, match=r"tau = 900 is used only where guidance is tau, but it is first\."):
@@ -135,7 +136,8 @@ def test_other_mistakes() -> None:
 
 
 def test_what_decides_whether_a_setting_is_used() -> None:
-    assert deciders("gamma") == ("method",) and deciders("threshold") == ("when",) and deciders("hires") == ()
+    assert deciders("gamma") == ("method", "rule") and deciders("steps") == ("method",)
+    assert deciders("threshold") == ("when",) and deciders("hires") == ()
     assert deciders("tau") == ("method", "guidance")  # by default guidance starts where the method has it
     assert {other for name in SPECS for other in deciders(name)} == set(DECIDING)
 

@@ -33,12 +33,19 @@ def _with(method: str, **values: Any) -> Settings:
     return Settings(enabled=True, method=method, **values)
 
 
+def _forward(part: float) -> Settings:
+    return _with("per_sample", rule="forward", target=part, target_kind="fraction")
+
+
 EVERY: dict[str, Settings] = {
     "none": Settings(enabled=False),
     "batch-wise": _with("batch_wise"),
     "batch-wise, dynamic": _with("batch_wise", guidance="transition"),
     "per-sample": PER_SAMPLE,
     "per-sample, static tau 900": replace(PER_SAMPLE, guidance="tau", tau=900.0),
+    **{f"per-sample, forward to {part:g}": _forward(part) for part in (0.5, 0.25)},
+    **{f"repulsion {beta:g}": _with("repulsion", beta=beta) for beta in (0.31, 0.5)},
+    "repulsion 0.31, static tau 900": _with("repulsion", beta=0.31, guidance="tau", tau=900.0),
     **{f"static tau {tau:g}": _with("static", tau=tau) for tau in (900.0, 820.0, 740.0)},
     "dynamic": _with("dynamic"),
     **{f"opposite guidance {s:g}": _with("opposite_guidance", opposite=s) for s in (1.0, 5.0)},

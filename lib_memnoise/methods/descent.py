@@ -114,7 +114,7 @@ def descend(
             far = is_far(lowest[step - patience], after, targets, patience, max_steps - step)[running]
             hopeless[running] = far & ~below
         going = [k for k, go in enumerate((~below & torch.isfinite(value) & ~hopeless[running]).tolist()) if go]
-        tell(_progress(step, max_steps, value[going], targets[running][going]))
+        tell(progress_of(step, max_steps, value[going], targets[running][going]))
         if step == max_steps or not going:
             break
 
@@ -138,7 +138,7 @@ def is_far(before: Tensor, now: Tensor, target: Tensor, steps: int, left: int) -
     return (target > 0) & (now - (before - now) / steps * left >= FAR * target)
 
 
-def _progress(step: int, most: int, value: Tensor, target: Tensor) -> Progress:
+def progress_of(step: int, most: int, value: Tensor, target: Tensor) -> Progress:
     """`value` and `target`: of the images that are still running."""
     if not len(value):
         return Progress(step, most, "step", 0)

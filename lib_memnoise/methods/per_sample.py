@@ -12,6 +12,7 @@ from lib_memnoise.core.delta import Delta, magnitude, select, working_precision
 from lib_memnoise.core.progress import Tell, untold
 from lib_memnoise.methods.batch import BatchContext, Outcome, aimed, missed
 from lib_memnoise.methods.descent import PATIENCE, descend
+from lib_memnoise.methods.forward_descent import descend_forward
 from lib_memnoise.settings import ResolvedSettings
 
 
@@ -118,6 +119,8 @@ def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: Batch
     """`adjust` with resolved settings; an absolute target is scaled to the size of the latent."""
     assert settings.lr is not None and settings.max_steps is not None
     target, used = aimed(settings, context.factor(x))
+    if settings.rule == "forward":
+        return _forward(x, delta, settings, context, target, used)
     result = adjust(
         x,
         delta,
@@ -136,4 +139,29 @@ def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: Batch
         steps=result.steps,
         used={"rule": settings.rule, "lr": settings.lr, "target": used},
         notes=missed(result, "noise", settings.max_steps),
+    )
+
+
+def _forward(
+    x: Tensor,
+    delta: Delta,
+    settings: ResolvedSettings,
+    context: BatchContext,
+    target: float | Callable[[Tensor], Tensor],
+    shown: object,
+) -> Outcome:
+    """`descend_forward` with resolved settings; ρ is scaled to the size of the latent. `shown`: the target."""
+    assert settings.gamma is not None and settings.rho is not None and settings.max_steps is not None
+    rho = settings.rho * context.factor(x)
+    found = descend_forward(
+        x, delta, gamma=settings.gamma, rho=rho, target=target, max_steps=settings.max_steps,
+        keep_length=settings.keep_length, tell=context.tell, patience=PATIENCE,
+    )  # fmt: skip
+    return Outcome(
+        torch.stack(found.best),
+        before=found.before,
+        after=found.after,
+        steps=found.steps,
+        used={"rule": "forward", "gamma": settings.gamma, "rho": rho, "target": shown},
+        notes=missed(found, "noise", settings.max_steps),
     )

@@ -29,7 +29,13 @@ def only_measures(settings: Settings) -> bool:
         "sail": s.max_steps == 0 and s.redraws == 0,
         "noise_selection": s.candidates == 1,
         "divin": s.eta == 0,
+        "repulsion": s.beta == 0,
     }.get(s.method, False)
+
+
+def needs_gradient(settings: Settings) -> bool:
+    """Whether the method, as it is set, back-propagates through the network."""
+    return METHODS[settings.method].needs_gradient and settings.rule != "forward"
 
 
 def run(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
@@ -224,7 +230,7 @@ def mitigate(
     def runner(x: Tensor, delta: Delta, context: BatchContext) -> Outcome:
         return run(x, delta, settings, context)
 
-    if METHODS[settings.method].needs_gradient and not only_measures(settings):
+    if needs_gradient(settings) and not only_measures(settings):
         # With a gradient, what is known of the score is of no use.
         asked, chosen = delta, with_gradient or runner
     else:

@@ -42,6 +42,7 @@ from lib_memnoise.settings.presets import (
 )
 from lib_memnoise.settings.rules import (
     check,
+    condition,
     deciders,
     effective,
     from_mapping,
@@ -80,6 +81,7 @@ __all__ = [
     "Settings",
     "Spec",
     "check",
+    "condition",
     "deciders",
     "effective",
     "from_infotext",

@@ -29,6 +29,8 @@ class Spec:
     """The methods that use it; empty: all."""
     only: tuple[str, ...] | None = None
     """A setting and the values of which it must take one for this one to be used."""
+    only_with: Mapping[str, tuple[str, ...]] | None = None
+    """The same, for some of the methods."""
     preset: bool = False
     """A preset supplies it where it is not given."""
     advanced: bool = False
@@ -53,13 +55,19 @@ STARTS = {
 }
 TRACES = {"off": "no", "on": "as sampled", "compare": "as sampled, and of the noise as drawn"}
 MITIGATED = {"always": "every image", "flagged": "images that score as memorised"}
-RULES = {"adamw": "AdamW", "sphere": "of one length, on the sphere"}
+RULES = {
+    "adamw": "AdamW",
+    "sphere": "of one length, on the sphere",
+    "forward": "batch-wise's, without a gradient",
+}
 PADDINGS = {
     "both": "token 0, and no end token",
     "pad": "token 0 as padding",
     "end": "no end token",
 }
-_BATCH, _SAMPLE = ("batch_wise",), ("per_sample",)
+_BATCH, _SAMPLE, _FORWARD = ("batch_wise",), ("per_sample",), ("batch_wise", "per_sample")
+_BY_GRADIENT = {"per_sample": ("rule", "adamw", "sphere")}
+_WITHOUT = {"per_sample": ("rule", "forward")}
 _DESCENT = ("per_sample", "prompt_embedding", "sail")
 """Methods that descend until a target is reached."""
 _DECAYED = ("per_sample", "prompt_embedding")
@@ -128,7 +136,8 @@ class Settings:
         low=0,
         high=10,
         step=0.01,
-        methods=_BATCH,
+        methods=_FORWARD,
+        only_with=_WITHOUT,
         preset=True,
         help="How far each adjustment moves the noise, per unit of the probed difference.",
     )
@@ -138,7 +147,8 @@ class Settings:
         low=0,
         high=1000,
         step=0.1,
-        methods=_BATCH,
+        methods=_FORWARD,
+        only_with=_WITHOUT,
         preset=True,
         help="Length of the probe, at the checkpoint's own image size; scaled with √(number of latent values).",
     )
@@ -151,6 +161,15 @@ class Settings:
         methods=_BATCH,
         preset=True,
         help="Each costs four network rows an image, forward only.",
+    )
+    beta: float = _setting(
+        0.31,
+        label="Repulsion β",
+        low=0,
+        high=2,
+        step=0.01,
+        methods=("repulsion",),
+        help="How far the noise is moved, in units of its own length.",
     )
     tau: float | None = _setting(
         None,
@@ -203,6 +222,7 @@ class Settings:
         high=1,
         step=0.0001,
         methods=_DESCENT,
+        only_with=_BY_GRADIENT,
         preset=True,
         help="AdamW's (SAIL: Adam's), on the noise or the prompt's vectors.",
     )
@@ -242,6 +262,7 @@ class Settings:
         high=1,
         step=0.005,
         methods=_DECAYED,
+        only_with=_BY_GRADIENT,
         advanced=True,
         help="Keeps what is adjusted near its usual length.",
     )
@@ -251,7 +272,16 @@ class Settings:
         methods=_SAMPLE,
         advanced=True,
         choices=RULES,
-        help="AdamW's, as in the paper; or of one length, learning rate · √d, with the noise's length put back.",
+        help="AdamW's, as in the paper; of one length, learning rate · √d, with the noise's length put back; or "
+        "batch-wise's, repeated until the target is reached: forward only, four network rows each.",
+    )
+    keep_length: bool = _setting(
+        False,
+        label="Keep the noise's length",
+        methods=_SAMPLE,
+        only=("rule", "forward"),
+        advanced=True,
+        help="Put the noise's length back after every step.",
     )
     candidates: int = _setting(
         4,

@@ -28,12 +28,19 @@ def effective(name: str, values: Mapping[str, Any]) -> Any:
     return value
 
 
+def condition(name: str, values: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """A setting and the values of which it must take one for this one to be used among these; None: there is none."""
+    spec = SPECS[name]
+    return spec.only if spec.only_with is None else spec.only_with.get(effective("method", values))
+
+
 def is_used(name: str, values: Mapping[str, Any]) -> bool:
     """Whether a setting means anything among these (defaults where they are missing)."""
     spec = SPECS[name]
     if spec.methods and effective("method", values) not in spec.methods:
         return False
-    return spec.only is None or effective(spec.only[0], values) in spec.only[1:]
+    needed = condition(name, values)
+    return needed is None or effective(needed[0], values) in needed[1:]
 
 
 def used_settings(settings: Settings) -> dict[str, Any]:
@@ -45,7 +52,8 @@ def used_settings(settings: Settings) -> dict[str, Any]:
 def deciders(name: str) -> tuple[str, ...]:
     """The settings by which this one is used or not."""
     spec = SPECS[name]
-    other = () if spec.only is None else (spec.only[0],)
+    needed = [*(spec.only_with or {}).values(), *([] if spec.only is None else [spec.only])]
+    other = tuple(dict.fromkeys(pair[0] for pair in needed))
     # Where guidance starts unless the settings say otherwise is the method's.
     return ("method", *other) if spec.methods or "guidance" in other else other
 
@@ -57,8 +65,9 @@ def misplaced(name: str, values: Mapping[str, Any]) -> str:
         *others, last = spec.methods
         owners = f"methods {', '.join(others)} and {last}" if others else f"method {last}"
         return f"belongs to the {owners}, but the method is {method}."
-    assert spec.only is not None
-    other, *wanted = spec.only
+    needed = condition(name, values)
+    assert needed is not None
+    other, *wanted = needed
     return f"is used only where {other} is {' or '.join(wanted)}, but it is {effective(other, values)}."
 
 

@@ -33,6 +33,10 @@ def json_schema() -> dict[str, Any]:
             entry["x-methods"] = list(spec.methods)
         if spec.only is not None:
             entry["x-only"] = {spec.only[0]: list(spec.only[1:])}
+        if spec.only_with is not None:
+            entry["x-only-with"] = {
+                method: {other: list(values)} for method, (other, *values) in spec.only_with.items()
+            }
         entry["x-infotext"] = infotext_key(name)
         properties[name] = entry
     return {

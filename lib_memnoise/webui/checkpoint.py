@@ -7,6 +7,7 @@ import contextlib
 from modules import sd_models, shared
 
 from lib_memnoise.errors import Unsupported
+from lib_memnoise.methods.pipeline import needs_gradient
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import Settings, preset_for
 from lib_memnoise.webui import quirks
@@ -36,7 +37,7 @@ def load_checkpoint() -> None:
 def raise_if_unsupported(backend: WebuiBackend, settings: Settings) -> None:
     if backend.kind == "flow":
         raise Unsupported("flow models such as SD3 have no noise prediction that memnoise could adjust")
-    if METHODS[settings.method].needs_gradient and getattr(shared.cmd_opts, "lowvram", False):
+    if needs_gradient(settings) and getattr(shared.cmd_opts, "lowvram", False):
         raise Unsupported(
             f"{METHODS[settings.method].label} needs gradients, which --lowvram does not allow; use --medvram "
             "or batch-wise"

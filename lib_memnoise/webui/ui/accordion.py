@@ -50,7 +50,7 @@ def control(name: str, elem_id: str) -> Any:
     return gr.Slider(minimum=spec.low, maximum=spec.high, step=spec.step, **common)
 
 
-CHOOSING = ("method", "preset", "when", "guidance")
+CHOOSING = ("method", "preset", "when", "guidance", "rule")
 """The dropdowns by which other controls are shown or hidden."""
 
 
@@ -62,6 +62,8 @@ def classes(name: str) -> list[str]:
         found += ["memnoise-part", *(f"memnoise-{method}" for method in spec.methods)]
     if spec.only is not None:
         found += ["memnoise-only", *(f"memnoise-only-{spec.only[0]}-{value}" for value in spec.only[1:])]
+    for method, (other, *values) in (spec.only_with or {}).items():
+        found += [f"memnoise-with-{method}", *(f"memnoise-with-{method}-{other}-{value}" for value in values)]
     return found
 
 
