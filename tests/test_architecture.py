@@ -46,6 +46,7 @@ MOST_HELPER_LINES = 200
 MOST_FUNCTION_LINES = 60
 PUBLISHED = {
     "methods/descent.py": {"descend"},
+    "methods/forward_descent.py": {"descend_forward"},
     "methods/sail.py": {"adjust"},
     "methods/prompt_embedding.py": {"adjust"},
 }

@@ -85,52 +85,61 @@ def descend(
     variables = [value.detach().clone().requires_grad_() for value in start]
     optim = optimiser(variables)
     best = [value.detach().clone() for value in start]
-    batch, like = len(best), best[0]
-    before = like.new_full((batch,), float("nan"))
-    after = before.clone()
-    taken = torch.zeros(batch, dtype=torch.long, device=like.device)
-    reached = torch.zeros(batch, dtype=torch.bool, device=like.device)
-    targets = like.new_zeros(batch)
-    hopeless = torch.zeros(batch, dtype=torch.bool, device=like.device)
-    lowest: list[Tensor] = []  # of every step, the lowest losses by then
+    taken, reached, hopeless = [0] * len(best), [False] * len(best), [False] * len(best)
+    before = best[0].new_zeros(0)
+    after: list[Tensor] = []
+    targets: list[Tensor] = []
+    lowest: list[list[Tensor]] = []  # at every step, the lowest losses so far
 
-    running = list(range(batch))
+    running = list(range(len(best)))
     for step in range(max_steps + 1):
         with torch.set_grad_enabled(step < max_steps):
             current = loss([variables[i] for i in running], running)
         value = current.detach()
         if step == 0:
-            before[:] = after[:] = value
-            targets = target(value).detach().to(like) if callable(target) else like.new_full((batch,), target)
+            before = value.to(best[0])
+            after = list(before)
+            targets = list(target(value).detach().to(before) if callable(target) else torch.full_like(before, target))
         for k, i in enumerate(running):
-            if value[k] <= after[i]:
-                best[i], after[i] = variables[i].detach().clone(), value[k]
+            better = value[k] <= after[i]
+            best[i] = torch.where(better, variables[i].detach(), best[i])
+            after[i] = torch.where(better, value[k], after[i])
 
         # `if loss < target_loss: break`, image by image.
-        below = value < targets[running]
-        reached[running] = below
-        lowest.append(after.clone())
+        aims = torch.stack([targets[i] for i in running])
+        lowest.append(after.copy())
+        far = torch.zeros_like(value)
         if patience is not None and patience <= step < max_steps:
-            far = is_far(lowest[step - patience], after, targets, patience, max_steps - step)[running]
-            hopeless[running] = far & ~below
-        going = [k for k, go in enumerate((~below & torch.isfinite(value) & ~hopeless[running]).tolist()) if go]
-        tell(progress_of(step, max_steps, value[going], targets[running][going]))
+            then, now = (torch.stack([values[i] for i in running]) for values in (lowest[step - patience], after))
+            far = is_far(then, now, aims, patience, max_steps - step).to(value)
+        # All that is decided by comes from a GPU at once: every question makes it wait.
+        below, finite, is_hopeless, values, wanted = torch.stack(
+            [(value < aims).to(value), torch.isfinite(value).to(value), far, value, aims]
+        ).tolist()
+        for k, i in enumerate(running):
+            reached[i], hopeless[i] = bool(below[k]), bool(is_hopeless[k] and not below[k])
+        going = [k for k in range(len(running)) if finite[k] and not below[k] and not is_hopeless[k]]
+        tell(progress_of(step, max_steps, [(values[k], wanted[k]) for k in going]))
         if step == max_steps or not going:
             break
 
         # `optim.zero_grad(); loss.backward(); optim.step()`
         with torch.enable_grad():
-            found = gradients(current[going], [variables[running[k]] for k in going])
+            found = gradients(current if len(going) == len(running) else current[going], [
+                variables[running[k]] for k in going
+            ])  # fmt: skip
         optim.zero_grad()
-        for k, gradient in zip(going, found):
-            if bool(torch.isfinite(gradient).all()):
+        are_finite = torch.stack([torch.isfinite(gradient).all() for gradient in found]).tolist()
+        for k, gradient, ok in zip(going, found, are_finite):
+            if ok:
                 variables[running[k]].grad = gradient
         optim.step()
         running = [i for i in running if variables[i].grad is not None]
-        taken[running] += 1
+        for i in running:
+            taken[i] += 1
         if not running:
             break
-    return Descent(best, taken, before, after, reached, hopeless)
+    return Descent(best, torch.tensor(taken), before, torch.stack(after), torch.tensor(reached), torch.tensor(hopeless))
 
 
 def is_far(before: Tensor, now: Tensor, target: Tensor, steps: int, left: int) -> Tensor:
@@ -138,9 +147,9 @@ def is_far(before: Tensor, now: Tensor, target: Tensor, steps: int, left: int) -
     return (target > 0) & (now - (before - now) / steps * left >= FAR * target)
 
 
-def progress_of(step: int, most: int, value: Tensor, target: Tensor) -> Progress:
-    """`value` and `target`: of the images that are still running."""
-    if not len(value):
+def progress_of(step: int, most: int, running: Sequence[tuple[float, float]]) -> Progress:
+    """`running`: the loss and the target of each image that goes on."""
+    if not running:
         return Progress(step, most, "step", 0)
-    worst = int((value - target).argmax())
-    return Progress(step, most, "step", len(value), float(value[worst]), float(target[worst]))
+    value, target = max(running, key=lambda pair: pair[0] - pair[1])
+    return Progress(step, most, "step", len(running), value, target)

@@ -44,9 +44,8 @@ def descend_forward(
     """
     x = working_precision(x)
     lengths, best = magnitude(x), x.clone()
-    before = after = x.new_full((len(x),), float("nan"))
-    targets, taken = x.new_zeros(len(x)), [0] * len(x)
-    reached, hopeless = torch.zeros(len(x), dtype=torch.bool), torch.zeros(len(x), dtype=torch.bool)
+    before = after = targets = x.new_zeros(0)
+    taken, reached, hopeless = [0] * len(x), [False] * len(x), [False] * len(x)
     running, lowest = list(range(len(x))), []
     for step in range(max_steps + 1):
         prediction = select(delta, running)(x[running]).to(x.dtype)
@@ -54,22 +53,25 @@ def descend_forward(
         if step == 0:
             before, after = value.clone(), value.clone()
             targets = target(value).to(x) if callable(target) else torch.full_like(value, target)
-        better = value <= after[running]
+        better, aims = value <= after[running], targets[running]
         best[running] = torch.where(per_image(better), x[running], best[running])
         after[running] = torch.where(better, value, after[running])
 
-        below = value < targets[running]
         lowest.append(after.clone())
-        far = torch.zeros_like(below)
+        far = torch.zeros_like(value)
         if patience is not None and patience <= step < max_steps:
-            far = is_far(lowest[step - patience], after, targets, patience, max_steps - step)[running] & ~below
-        reached[running], hopeless[running] = below.cpu(), far.cpu()
-        going = (~below & torch.isfinite(value) & ~far).nonzero()[:, 0]
-        tell(progress_of(step, max_steps, value[going], targets[running][going]))
-        if step == max_steps or not len(going):
+            far = is_far(lowest[step - patience], after, targets, patience, max_steps - step)[running].to(value)
+        below, finite, is_hopeless, values, wanted = torch.stack(
+            [(value < aims).to(value), torch.isfinite(value).to(value), far, value, aims]
+        ).tolist()
+        for k, i in enumerate(running):
+            reached[i], hopeless[i] = bool(below[k]), bool(is_hopeless[k] and not below[k])
+        going = [k for k in range(len(running)) if finite[k] and not below[k] and not is_hopeless[k]]
+        tell(progress_of(step, max_steps, [(values[k], wanted[k]) for k in going]))
+        if step == max_steps or not going:
             break
 
-        running, prediction = [running[k] for k in going.tolist()], prediction[going]
+        running, prediction = [running[k] for k in going], prediction[going]
         length = per_image(magnitude(prediction))
         # δ̂(x_T) = ρ · ε̃(x_T, T, y) / ‖ε̃(x_T, T, y)‖₂
         probe = rho * prediction / torch.where(length == 0, torch.ones_like(length), length)
@@ -79,6 +81,6 @@ def descend_forward(
         if keep_length:
             moved = moved * per_image(lengths[running] / magnitude(moved))
         x[running] = moved
-        for image in running:
-            taken[image] += 1
-    return Descent(list(best), torch.tensor(taken), before, after, reached, hopeless)
+        for i in running:
+            taken[i] += 1
+    return Descent(list(best), torch.tensor(taken), before, after, torch.tensor(reached), torch.tensor(hopeless))

@@ -39,6 +39,6 @@ def raise_if_unsupported(backend: WebuiBackend, settings: Settings) -> None:
         raise Unsupported("flow models such as SD3 have no noise prediction that memnoise could adjust")
     if needs_gradient(settings) and getattr(shared.cmd_opts, "lowvram", False):
         raise Unsupported(
-            f"{METHODS[settings.method].label} needs gradients, which --lowvram does not allow; use --medvram "
-            "or batch-wise"
+            f"{METHODS[settings.method].label} needs gradients, which --lowvram does not allow; use --medvram, "
+            "batch-wise or per-sample's rule forward"
         )

@@ -55,6 +55,10 @@ def test_gradients_with_lowvram(tmp_path_factory: pytest.TempPathFactory) -> Non
     with open_host("double", tmp_path_factory, cmd_args=("--lowvram",)) as host:
         studio = Studio(host)
         assert "--lowvram" in (studio.run({"method": "per_sample"}).read("Memnoise failed") or "")
+        settings = {"method": "per_sample", "rule": "forward", "target": 0.9, "target_kind": "fraction"}
+        forward = studio.run({**settings, "max_steps": 4})
+        assert forward.read("Memnoise failed") is None and forward.number("steps taken") > 0
+        assert forward.number("magnitude after") < forward.number("magnitude")
         assert studio.run({}).read("Memnoise failed") is None
 
 

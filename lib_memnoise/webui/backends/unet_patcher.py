@@ -241,7 +241,8 @@ class UnetPatcherBackend(WebuiBackend):
                 if "nference tensors cannot be saved" not in str(error):
                     raise
                 raise Unsupported(
-                    "this checkpoint's weights are kept in a form that has no gradient; use batch-wise"
+                    "this checkpoint's weights are kept in a form that has no gradient; use batch-wise or "
+                    "per-sample's rule forward"
                 ) from error
 
     def guider(self, p: Any, denoiser: Any, plan: GuidancePlan) -> PatchGuider:
