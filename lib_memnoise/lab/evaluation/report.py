@@ -15,10 +15,12 @@ import pandas as pd
 
 from lib_memnoise import __version__
 from lib_memnoise.core.files import replacing
+from lib_memnoise.lab.evaluation.claims import CLAIMS, Claim, claims, overall
 from lib_memnoise.lab.evaluation.figures import Drawn, draw, label_of_point, save
 from lib_memnoise.lab.evaluation.metrics import METRICS, label_of, metric_of
-from lib_memnoise.lab.evaluation.results import CLAIMS, Claim, Estimate, Results, claims, compared, overall, results
+from lib_memnoise.lab.evaluation.results import Results, compared, results
 from lib_memnoise.lab.evaluation.run import NEAREST, Run
+from lib_memnoise.lab.stats import Estimate
 
 PAGE, FIGURES = "report.html", "figures"
 
