@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import magnitude
 from lib_memnoise.core.guidance import Start
+from lib_memnoise.core.schedule import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar
 from lib_memnoise.lab import claims, comparison, experiment, simulator, stats, text_table
+from lib_memnoise.lab.ddim import clean_and_eps, ddim_timesteps
 from lib_memnoise.lab.demo_report import page
 from lib_memnoise.lab.miniature.model import Miniature, load_miniature
 from lib_memnoise.lab.samplers import SAMPLERS
-from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar, clean_and_eps, ddim_timesteps
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import Settings, from_mapping, used_settings
 

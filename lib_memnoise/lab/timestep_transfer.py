@@ -14,11 +14,11 @@ import torch
 from lib_memnoise.core.calibration import unit
 from lib_memnoise.core.calibration_store import serves
 from lib_memnoise.core.delta import magnitude
+from lib_memnoise.core.schedule import alpha_bar
 from lib_memnoise.lab.claims import ordinary_subjects
 from lib_memnoise.lab.detection import RATE
 from lib_memnoise.lab.experiment import BATCH, seed_of
 from lib_memnoise.lab.miniature.model import Miniature
-from lib_memnoise.lab.sampling import alpha_bar
 from lib_memnoise.lab.simulator import make_network, noises
 from lib_memnoise.lab.stats import Values
 

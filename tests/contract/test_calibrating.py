@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lib_memnoise.core.calibration import ORDINARY, ordinary_prompts, unit
-from lib_memnoise.lab.sampling import alpha_bar
+from lib_memnoise.core.schedule import alpha_bar
 from tests.contract.conftest import ROUNDING, Studio, close
 from tests.contract.test_generation import same
 from tests.contract.test_img2img import payload as img2img

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lib_memnoise.core.files import replacing
+from lib_memnoise.core.schedule import ALPHAS_CUMPROD
 from lib_memnoise.lab.miniature import WEIGHTS, scenes
 from lib_memnoise.lab.miniature.architecture import SNR_SCALE, make_autoencoder, make_text_encoder, make_unet
 from lib_memnoise.lab.miniature.checkpoint import VARIANTS, pack
@@ -44,7 +45,6 @@ from lib_memnoise.lab.miniature.stage import (
     write,
 )
 from lib_memnoise.lab.miniature.text import END, LENGTH, SPECIAL, START, UNKNOWN, token_ids, vocabulary
-from lib_memnoise.lab.sampling import ALPHAS_CUMPROD
 
 KL_WEIGHT, MEAN_WEIGHT = 3e-3, 0.1
 
