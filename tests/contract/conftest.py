@@ -17,7 +17,7 @@ from tests import browser
 from tests.hosts import webui
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HOSTS = ["double", *(["webui"] if webui.locate() else [])]
+HOSTS = ["double", "patcher", *(["webui"] if webui.locate() else [])]
 
 
 def pytest_report_header() -> str:
@@ -36,8 +36,9 @@ def open_host(kind: str, tmp_path_factory: pytest.TempPathFactory, **kwargs: Any
         maker.make_checkpoints(folder, root, python)  # type: ignore[attr-defined]
         return webui.WebUI(folder, "sd1", **kwargs)
     from tests.hosts.double.host import Double
+    from tests.hosts.patcher_double.host import PatcherDouble
 
-    return Double(REPOSITORY, "sd1", **kwargs)
+    return (PatcherDouble if kind == "patcher" else Double)(REPOSITORY, "sd1", **kwargs)
 
 
 @pytest.fixture(scope="module", params=HOSTS)
@@ -49,7 +50,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def address(running: Any) -> Iterator[str]:
     """Where the host answers other programs."""
-    if running.name == "double":
+    if not running.is_real:
         pytest.importorskip("uvicorn")
         with browser.served(running.app) as url:
             yield url
@@ -88,8 +89,8 @@ class Studio:
 
     def __init__(self, host: Any) -> None:
         self.host = host
-        self.is_real = host.name != "double"
-        self.is_fork = getattr(host, "is_fork", False)
+        self.is_real: bool = host.is_real
+        self.is_fork: bool = host.is_fork
         """Forge or reForge."""
 
     @contextlib.contextmanager

@@ -50,6 +50,7 @@ class Double:
     """
 
     name = "double"
+    is_real = is_fork = False
     _active: Double | None = None
 
     def __init__(
