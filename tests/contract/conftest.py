@@ -1,4 +1,7 @@
-"""The same scenarios run against a double of the host and, where SD_WEBUI_DIR names one, a real WebUI."""
+"""The same scenarios run against doubles of two hosts and, where SD_WEBUI_DIR names one, a real WebUI.
+
+"double" stands for A1111, "patcher" for hosts that patch a U-Net (Forge).
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,20 @@ from tests.hosts import webui
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTS = ["double", "patcher", *(["webui"] if webui.locate() else [])]
+FOR_ONE_DOUBLE = ("test_access.py", "test_page.py")
+"""Of passwords and the page, which both doubles have in common."""
 
 
 def pytest_report_header() -> str:
     return f"memnoise hosts: {', '.join(HOSTS)}" + ("" if "webui" in HOSTS else " (SD_WEBUI_DIR names no WebUI)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    again = [
+        item for item in items if item.path.name in FOR_ONE_DOUBLE and "patcher" in re.split(r"[\[\]-]", item.name)
+    ]
+    config.hook.pytest_deselected(items=again)
+    items[:] = [item for item in items if item not in again]
 
 
 def open_host(kind: str, tmp_path_factory: pytest.TempPathFactory, **kwargs: Any) -> Any:
