@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, magnitude, norm_ratio, per_image, select
-from lib_memnoise.lab.claims import interval
 from lib_memnoise.lab.experiment import Subject, begin, seed_of, study, subjects
 from lib_memnoise.lab.miniature.model import Miniature, load_miniature
 from lib_memnoise.lab.processes import Workers
 from lib_memnoise.lab.simulator import FirstDelta, make_network, noises
+from lib_memnoise.lab.stats import interval
 from lib_memnoise.methods.per_sample import adjust
 from lib_memnoise.settings import Settings
 

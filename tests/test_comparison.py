@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import magnitude
 from lib_memnoise.core.guidance import Start
-from lib_memnoise.lab import claims, comparison, experiment, simulator, text_table
+from lib_memnoise.core.schedule import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar
+from lib_memnoise.lab import claims, comparison, experiment, simulator, stats, text_table
+from lib_memnoise.lab.ddim import clean_and_eps, ddim_timesteps
 from lib_memnoise.lab.demo_report import page
 from lib_memnoise.lab.miniature.model import Miniature, load_miniature
 from lib_memnoise.lab.samplers import SAMPLERS
-from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, TRAINING_STEPS, alpha_bar, clean_and_eps, ddim_timesteps
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import Settings, from_mapping, used_settings
 
@@ -309,7 +310,7 @@ def test_markdown() -> None:
 
 def test_bootstrap_interval_of_a_mean() -> None:
     values = np.random.default_rng(0).normal(3.0, 1.0, 400)
-    low, high = claims.interval(400, statistic=lambda drawn: float(values[drawn].mean()))
+    low, high = stats.interval(400, statistic=lambda drawn: float(values[drawn].mean()))
     assert low < 3.0 < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
 
 
@@ -395,8 +396,8 @@ def test_random_displacement_is_as_long(model: Miniature) -> None:
 
 
 def test_auc() -> None:
-    assert claims.auc(np.array([3.0, 4.0]), np.array([1.0, 2.0])) == 1
-    assert claims.auc(np.array([1.0, 4.0]), np.array([2.0, 3.0])) == 0.5
+    assert stats.auc(np.array([3.0, 4.0]), np.array([1.0, 2.0])) == 1
+    assert stats.auc(np.array([1.0, 4.0]), np.array([2.0, 3.0])) == 0.5
 
 
 # Every method

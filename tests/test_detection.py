@@ -11,6 +11,7 @@ from lib_memnoise.__main__ import main
 from lib_memnoise.core.calibration import unit
 from lib_memnoise.core.calibration_store import serves
 from lib_memnoise.core.delta import magnitude
+from lib_memnoise.core.schedule import alpha_bar
 from lib_memnoise.lab import detection, timestep_transfer
 from lib_memnoise.lab.detection import (
     MOST,
@@ -26,7 +27,6 @@ from lib_memnoise.lab.detection import (
 )
 from lib_memnoise.lab.experiment import seed_of, subjects
 from lib_memnoise.lab.miniature.model import load_miniature
-from lib_memnoise.lab.sampling import alpha_bar
 from lib_memnoise.lab.simulator import FirstDelta, make_network, noises
 
 pytestmark = pytest.mark.usefixtures("threads")

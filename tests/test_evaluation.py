@@ -26,12 +26,14 @@ from PIL import Image
 from scipy import stats
 
 from lib_memnoise.__main__ import main
-from lib_memnoise.lab.evaluation import metrics, report, results
+from lib_memnoise.lab.evaluation import metrics, report, results, trajectories
 from lib_memnoise.lab.evaluation import plan as plans
+from lib_memnoise.lab.evaluation.claims import Claim, claims, overall
 from lib_memnoise.lab.evaluation.plan import BadPlan, Curve, Plan, Unit, chunks, curve_of, make
 from lib_memnoise.lab.evaluation.prompts import BadPrompts, Prompt, read
-from lib_memnoise.lab.evaluation.results import Claim, Estimate, Results, divergence, estimate, overall, resampled
+from lib_memnoise.lab.evaluation.results import Results, divergence
 from lib_memnoise.lab.evaluation.run import Record, Run, packed, unpacked
+from lib_memnoise.lab.stats import Estimate, estimate, interval, slopes
 from tests.test_command_line import refusal
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -784,7 +786,7 @@ def test_intervals_are_bootstrap_intervals() -> None:
     reference = stats.bootstrap((values,), np.mean, n_resamples=20000, method="percentile", rng=1).confidence_interval
     assert found.value == pytest.approx(values.mean()) and found.prompts == 40
     assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.03)
-    low, high = resampled(40, lambda drawn: float(values[drawn].mean()))
+    low, high = interval(40, statistic=lambda drawn: float(values[drawn].mean()))
     assert (low, high) == pytest.approx((reference.low, reference.high), abs=0.03)
     assert math.isnan(estimate(np.array([np.nan])).value) and math.isnan(estimate(np.array([1.0])).low)
 
@@ -832,7 +834,7 @@ CURVE = {"none": spread(0.9, 0.4), "static-1": spread(0.5, 0.3), "static-2": spr
 def test_at_equal_alignment(copying: float, alignment: float, expected: float, holds: bool | None) -> None:
     """0.35 is half way from 0.4 to 0.3, where the static curve is at (0.9 + 0.5) / 2; 0.1 is beyond its end."""
     found = made({**CURVE, "batch_wise-1": spread(copying, alignment)}, ("adjustment",))
-    (claim,) = (claim for claim in results.claims(found) if claim.number == 1)
+    (claim,) = (claim for claim in claims(found) if claim.number == 1)
     assert claim.estimate.value == pytest.approx(expected, abs=1e-6, nan_ok=True)
     # Equal noise in both: the interval of no difference is a point, on neither side.
     assert claim.holds is holds if expected else claim.holds is not True
@@ -843,12 +845,12 @@ def test_the_papers_metric_decides_by_the_prompts_own_pictures() -> None:
     found = made({**CURVE, "batch_wise-1": spread(0.4, 0.35)}, ("adjustment",))
     found.images["sscd_own"] = found.images["sscd"] - 0.1 * (found.images["point"] == "batch_wise-1")
     assert found.copying == ("sscd_own", "sscd")
-    (claim,) = results.claims(found)
+    (claim,) = claims(found)
     assert claim.estimate.value == pytest.approx(0.4) and "the paper" in claim.measured
     assert claim.beside is not None and claim.beside.value == pytest.approx(0.3) and "nearest" in claim.beside_of
     found.plan.document["metrics"] = ["similarity", "clip"]  # type: ignore[index]
     found.images.rename(columns={"sscd": "similarity", "sscd_own": "similarity_own"}, inplace=True)
-    (claim,) = results.claims(found)
+    (claim,) = claims(found)
     assert found.copying == ("similarity", "similarity_own") and claim.estimate.value == pytest.approx(0.3)
 
 
@@ -856,7 +858,7 @@ def test_points_out_of_reach_do_not_count() -> None:
     found = made(
         {**CURVE, "batch_wise-1": spread(0.4, 0.35), "batch_wise-2": spread(0.0, 0.1)}, ("adjustment",)
     )  # fmt: skip
-    (claim,) = results.claims(found)
+    (claim,) = claims(found)
     assert claim.estimate.value == pytest.approx(0.3) and "the 1 of its 2 strengths within reach" in claim.measured
 
 
@@ -884,10 +886,10 @@ def trace(*magnitudes: float) -> Any:
 
 def test_along_the_trajectory() -> None:
     falling = trace(8, 8, 8, 8, 4, 2, 2, 2, 2, 2)
-    assert results.crossing(falling, 4) == 981 - 20 * 5 and results.crossing(falling, 1) == 0
-    assert results.largest_fall(falling) == 6 and math.isnan(results.largest_fall(trace(1, 2)))
+    assert trajectories.crossing(falling, 4) == 981 - 20 * 5 and trajectories.crossing(falling, 1) == 0
+    assert trajectories.largest_fall(falling) == 6 and math.isnan(trajectories.largest_fall(trace(1, 2)))
     strengths = np.array([0.0, 0.5, 1.0, 1.5])
-    assert results.slopes(strengths, np.array([[10.0, 20, 30, 40], [1, 1, 1, 1]])) == pytest.approx([20, 0])
+    assert slopes(strengths, np.array([[10.0, 20, 30, 40], [1, 1, 1, 1]])) == pytest.approx([20, 0])
 
 
 def test_divergence_of_lengths() -> None:

@@ -326,7 +326,7 @@ def test_without_the_package(plan: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 class Fails:
-    """A maker that answers `count` units and then never again."""
+    """A generator that answers `count` units and then never again."""
 
     def __init__(self, name: str, count: int) -> None:
         self.name, self.count, self.made, self.in_process = name, count, 0, False
@@ -341,11 +341,16 @@ class Fails:
         return [request]
 
 
-def queue(makers: list[Any], total: int) -> tuple[list[int], dispatch.Told]:
+def queue(generators: list[Any], total: int) -> tuple[list[int], dispatch.DispatchResult]:
     kept: list[int] = []
     units = (Unit("none", k, 0, 1) for k in range(total))
-    told = dispatch.make(
-        makers, units, lambda unit: unit.prompt, lambda unit, made: kept.append(made[0]), lambda *_: None, patience=2
+    told = dispatch.dispatch(
+        generators,
+        units,
+        lambda unit: unit.prompt,
+        lambda unit, made: kept.append(made[0]),
+        lambda *_: None,
+        patience=2,
     )  # type: ignore[arg-type, return-value]
     return kept, told
 

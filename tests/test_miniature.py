@@ -363,7 +363,7 @@ def test_a_perfect_autoencoder_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("parameterization", ["eps", "v"])
 def test_a_perfect_denoiser_has_no_loss(tmp_path: Path, parameterization: str) -> None:
     """The loss wants what the samplers take the output for: the oracle knows the one picture there is."""
-    from lib_memnoise.lab.sampling import clean_and_eps
+    from lib_memnoise.lab.ddim import clean_and_eps
 
     picture = torch.randn(1, 4, 16, 16)
     rows = 20 + sum(1 for _ in scenes.ordinary_scenes())

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib_memnoise.core.report import HIRES_KEYS, REPORT_KEYS, ImageReport, report_infotext
-from lib_memnoise.lab.sampling import ddim_timesteps
+from lib_memnoise.lab.ddim import ddim_timesteps
 from lib_memnoise.registry import METHODS
 from lib_memnoise.settings import (
     DECIDING,

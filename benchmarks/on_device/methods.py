@@ -13,7 +13,7 @@ from torch import Tensor
 from lib_memnoise.core.delta import Delta, magnitude, per_image, working_precision
 from lib_memnoise.core.guidance import Start, make_start
 from lib_memnoise.lab import simulator
-from lib_memnoise.lab.sampling import ddim_timesteps, follow
+from lib_memnoise.lab.ddim import ddim_timesteps, follow
 from lib_memnoise.methods import batch_wise
 from lib_memnoise.methods.batch import BatchContext, Outcome
 from lib_memnoise.methods.pipeline import run

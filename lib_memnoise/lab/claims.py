@@ -1,6 +1,7 @@
 """The paper's claims, measured on prompts of the miniature that no setting was chosen on.
 
-Intervals are 95 % percentile bootstrap intervals over the captions: images of one caption are not independent.
+Each holds or fails by a fixed yardstick, as a test does. Those of a run of the evaluation (`lab.evaluation.claims`) are
+judged by their intervals alone, which may leave them open.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
 from lib_memnoise.core.delta import magnitude
@@ -21,6 +20,7 @@ from lib_memnoise.lab.miniature.scenes import ordinary_caption, validation_scene
 from lib_memnoise.lab.miniature.text import words
 from lib_memnoise.lab.processes import Workers
 from lib_memnoise.lab.simulator import PER_SAMPLE, STEPS, noises
+from lib_memnoise.lab.stats import RESAMPLES, Estimate, Indices, Values, along, auc, interval
 from lib_memnoise.lab.text_table import aligned, in_markdown, markdown
 from lib_memnoise.settings import Settings
 
@@ -34,9 +34,6 @@ AUTOMATIC = {
 """Guidance from each image's own transition point on."""
 HALF = replace(PER_SAMPLE, target=0.5)
 """As the preset of checkpoints without published numbers has it."""
-RESAMPLES = 2000
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -57,43 +54,10 @@ class Claim:
     """The number and its interval if copies of the prompt's own picture alone count; None where that is no other."""
 
 
-def interval(*captions: int, statistic: Callable[..., float], resamples: int = RESAMPLES) -> tuple[float, float]:
-    """A bootstrap interval over captions of a statistic, which is given the indices of those drawn.
-
-    With several numbers of captions each set is drawn from on its own.
-    """
-    result = stats.bootstrap(
-        tuple(np.arange(count) for count in captions),
-        statistic,
-        n_resamples=resamples,
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
-def along(curve: Sequence[Images], alignment: float, drawn: NDArray[np.int64]) -> float:
-    """Similarity of static τ where its alignment is the one given, interpolated along the τ curve.
-
-    Below the curve's lowest alignment there is nothing to compare with: next to nothing is returned, so that no
-    method looks good there.
-    """
-    points = sorted((images.alignment[drawn].mean(), images.similarity[drawn].mean()) for images in curve)
-    alignments, similarities = zip(*points)
-    return float(np.interp(alignment, np.array(alignments), np.array(similarities), left=1e-9))
-
-
 def scores(model: Miniature, chosen: Sequence[Subject], images: int, seed: int, sampler: str = "DDIM") -> Values:
     """‖Δ(x_T, T)‖ of fresh noises, `(S, I)`."""
     delta, _ = first_predictions(model, chosen, images, seed, sampler=sampler)
     return magnitude(delta).double().numpy().reshape(len(chosen), images)
-
-
-def auc(memorised: Values, control: Values) -> float:
-    """The probability that a memorised prompt's score is above a control's."""
-    found = stats.mannwhitneyu(memorised.ravel(), control.ravel())
-    return float(found.statistic) / (memorised.size * control.size)
 
 
 def ordinary_subjects(count: int, seed: int = 7) -> list[Subject]:
@@ -117,7 +81,10 @@ def displaced(chosen: Sequence[Subject], images: int, seed: int, moved: Tensor) 
 
 
 def largest_fall(images: Images, before: float = 500.0, within: int = 5) -> Values:
-    """How much ‖Δ‖ of each image falls at most within a few steps early on, `(S, I)`: 0.5 is to half of it."""
+    """How much ‖Δ‖ of each image falls at most within a few steps early on, `(S, I)`: 0.5 is to half of it.
+
+    A share, which has a yardstick; 0 where there are too few steps.
+    """
     trace = images.trace[[t > before for t in images.timesteps]]
     if len(trace) <= within:
         return np.zeros(trace.shape[1:])
@@ -238,30 +205,36 @@ def measure(
         )
 
 
-Statistic = Callable[[Measured, NDArray[np.int64]], float]
+Statistic = Callable[[Measured, Indices], float]
 """A number of what was measured, of the captions of these indices."""
 
 
 def _falls(at: str) -> Statistic:
-    def fall(found: Measured, drawn: NDArray[np.int64]) -> float:
+    def fall(found: Measured, drawn: Indices) -> float:
         return float((found.none.similarity - getattr(found, at).similarity)[drawn].mean())
 
     return fall
 
 
 def _loses(at: str) -> Statistic:
-    def loss(found: Measured, drawn: NDArray[np.int64]) -> float:
+    def loss(found: Measured, drawn: Indices) -> float:
         return float((found.none.alignment - getattr(found, at).alignment)[drawn].mean())
 
     return loss
 
 
-def _ratio(found: Measured, drawn: NDArray[np.int64]) -> float:
-    same = along(list(found.curve.values()), float(found.batch_wise.alignment[drawn].mean()), drawn)
+def _ratio(found: Measured, drawn: Indices) -> float:
+    """Similarity of batch-wise over that of static τ at the same alignment.
+
+    Below the alignment of all static points there is nothing to compare with: next to nothing is divided by, so that
+    no method looks good there.
+    """
+    curve = [(images.alignment[drawn].mean(), images.similarity[drawn].mean()) for images in found.curve.values()]
+    same = along(curve, float(found.batch_wise.alignment[drawn].mean()), left=1e-9)
     return float(found.batch_wise.similarity[drawn].mean()) / same
 
 
-def _gains(found: Measured, drawn: NDArray[np.int64]) -> float:
+def _gains(found: Measured, drawn: Indices) -> float:
     tau = BATCH_WISE.resolved("sd1").tau
     assert tau is not None
     return float((found.curve[tau].similarity - found.displaced.similarity)[drawn].mean())
@@ -273,13 +246,11 @@ class _Test:
 
     claim: str
     statistic: Statistic
-    holds: Callable[[float, float], bool]
-    """Of the number and its interval's upper end, or with `from_below` its lower end."""
+    holds: Callable[[Estimate], bool]
     of: str = "none"
     """Whose captions are drawn from."""
     copying: bool = False
     """Its number is other where the prompt's own picture alone counts."""
-    from_below: bool = False
     required: bool = True
 
 
@@ -287,71 +258,70 @@ _TESTS = (
     _Test(
         "memorised prompts are copied without mitigation (share, at least 0.95)",
         lambda found, drawn: float(found.none.copied[drawn].mean()),
-        lambda value, _: value >= 0.95,
+        lambda number: number.value >= 0.95,
         copying=True,
     ),
     _Test(
         "controls are not (share, at most 0.10)",
         lambda found, drawn: float(found.controls.copied[drawn].mean()),
-        lambda value, _: value <= 0.10,
+        lambda number: number.value <= 0.10,
         of="controls",
     ),
     _Test(
         "controls are recognisable (alignment, at least 0.85)",
         lambda found, drawn: float(found.controls.alignment[drawn].mean()),
-        lambda value, _: value >= 0.85,
+        lambda number: number.value >= 0.85,
         of="controls",
     ),
     _Test(
         "ordinary prompts are recognisable (alignment, at least 0.85)",
         lambda found, drawn: float(found.ordinary.alignment[drawn].mean()),
-        lambda value, _: value >= 0.85,
+        lambda number: number.value >= 0.85,
         of="ordinary",
     ),
     _Test(
         "batch-wise is less similar than static tau at the same alignment (ratio, at most 0.75, interval below 1)",
         _ratio,
-        lambda value, high: value <= 0.75 and high < 1,
+        lambda number: number.value <= 0.75 and number.high < 1,
         copying=True,
     ),
     _Test(
         "per-sample, to half of the first magnitude, is less similar than none (difference, at least 0.3)",
         _falls("half"),
-        lambda value, _: value >= 0.3,
+        lambda number: number.value >= 0.3,
         copying=True,
     ),
     _Test(
         "per-sample, to half, keeps the alignment (loss, at most 0.05)",
         _loses("half"),
-        lambda value, _: value <= 0.05,
+        lambda number: number.value <= 0.05,
     ),
     _Test(
         "per-sample, to a quarter of the first magnitude, is less similar than none (difference, at least 0.3)",
         _falls("per_sample"),
-        lambda value, _: value >= 0.3,
+        lambda number: number.value >= 0.3,
         copying=True,
     ),
     _Test(
         "per-sample, to a quarter, keeps the alignment (loss, at most 0.05)",
         _loses("per_sample"),
-        lambda value, _: value <= 0.05,
+        lambda number: number.value <= 0.05,
     ),
     _Test(
         "a random displacement as long as batch-wise's gains nothing at its tau (interval not above 0)",
         _gains,
-        lambda _, low: low <= 0,
+        lambda number: number.low <= 0,
         copying=True,
-        from_below=True,
     ),
     _Test(
         "the score tells memorised prompts from controls (AUC of one noise, at least 0.9)",
         lambda found, drawn: auc(found.none.before[drawn], found.control_scores),
-        lambda value, _: value >= 0.9,
+        lambda number: number.value >= 0.9,
     ),
     _Test(
         "the paper's sharp drop: with guidance off, the magnitude halves within 5 steps before t = 500 (median fall)",
         lambda found, drawn: float(np.median(largest_fall(found.unguided)[drawn])),
-        lambda value, _: value >= 0.5,
+        lambda number: number.value >= 0.5,
         required=False,
     ),
 )
@@ -378,17 +348,26 @@ def judge(found: Measured, resamples: int = RESAMPLES) -> list[Claim]:
     """The claims, each with the number that decides it."""
     own = own_alone(found)
 
-    def number(test: _Test, found: Measured) -> tuple[float, float, float]:
+    def number(test: _Test, found: Measured) -> Estimate:
         size = len(getattr(found, test.of).similarity)
         low, high = interval(size, statistic=lambda drawn: test.statistic(found, drawn), resamples=resamples)
-        return test.statistic(found, np.arange(size)), low, high
+        return Estimate(test.statistic(found, np.arange(size)), low, high, size)
 
     claims = []
     for test in _TESTS:
-        value, low, high = number(test, found)
-        holds = test.holds(value, low if test.from_below else high)
+        decides = number(test, found)
         beside = number(test, own) if test.copying else None
-        claims.append(Claim(test.claim, value, low, high, holds, test.required, beside))
+        claims.append(
+            Claim(
+                test.claim,
+                decides.value,
+                decides.low,
+                decides.high,
+                test.holds(decides),
+                test.required,
+                None if beside is None else (beside.value, beside.low, beside.high),
+            )
+        )
     return claims
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -17,41 +15,26 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lib_memnoise.lab.comparison import STATEMENT, Comparison, explanation
-from lib_memnoise.lab.experiment import references
+from lib_memnoise.lab.experiment import Images, references
 from lib_memnoise.lab.miniature.model import to_images
 from lib_memnoise.lab.miniature.yardsticks import COPIED
+from lib_memnoise.lab.pages import address, environment
 from lib_memnoise.lab.text_table import cells
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-.prompt { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-figure { margin: 0; } figcaption { font-size: .85rem; color: #555; max-width: 20rem; }
-figure.images img { width: 80px; height: 80px; border: 3px solid #2a9d4a; margin: 1px; }
-figure.images img.copied { border-color: #c62828; border-style: dashed; }
-figure.images img.own { border-style: solid; }
-figure.reference img { width: 128px; height: 128px; }
-.plots img { max-width: 100%; }
-"""
-
-
-def _encoded(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+TEMPLATE = "demo_report.html.jinja"
 
 
 def _png(image: NDArray[np.uint8]) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
-    return _encoded(buffer.getvalue())
+    return address(buffer.getvalue())
 
 
 def _plot(figure: Any) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
-    return _encoded(buffer.getvalue())
+    return address(buffer.getvalue())
 
 
 def magnitude_plot(comparison: Comparison) -> str:
@@ -83,44 +66,34 @@ def trade_off_plot(comparison: Comparison) -> str:
     return _plot(figure)
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    rows = []
-    for k, line in enumerate(lines):
-        tag = "td" if k else "th"
-        rows.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>")
-    return f"<table>{''.join(rows)}</table>"
+def _images(result: Images, row: int) -> list[dict[str, str]]:
+    """A method's images of a prompt: their frame, what is said of them, and they themselves."""
+    images = []
+    for k, picture in enumerate(to_images(result.pictures[row])):
+        own, alike = result.similarity_own[row, k], result.similarity[row, k]
+        title = f"similarity {alike:.2f}" + ("" if np.isnan(own) else f", to its own picture {own:.2f}")
+        kind = "copied own" if result.copied_own[row, k] else "copied" if result.copied[row, k] else ""
+        images.append({"kind": kind, "title": title, "picture": _png(picture)})
+    return images
 
 
-def _prompt(comparison: Comparison, row: int, memorised: NDArray[np.uint8]) -> str:
+def _prompt(comparison: Comparison, row: int) -> dict[str, Any]:
     subject = comparison.subjects[row]
-    parts = [f"<h2>{html.escape(subject.caption)}</h2>", '<div class="prompt">']
-    if subject.memorised is not None:
-        parts.append(
-            f'<figure class="reference"><img alt="the memorised picture" src="{_png(memorised[subject.memorised])}">'
-            "<figcaption>memorised picture</figcaption></figure>"
-        )
-    for name, result in comparison.results.items():
-        images = []
-        for k, picture in enumerate(to_images(result.pictures[row])):
-            own, alike = result.similarity_own[row, k], result.similarity[row, k]
-            said = f"similarity {alike:.2f}" + ("" if np.isnan(own) else f", to its own picture {own:.2f}")
-            kind = "copied own" if result.copied_own[row, k] else "copied" if result.copied[row, k] else ""
-            images.append(f'<img class="{kind}" alt="{html.escape(name)}" title="{said}" src="{_png(picture)}">')
-        parts.append(f'<figure class="images">{"".join(images)}<figcaption>{html.escape(name)}</figcaption></figure>')
-    return "".join([*parts, "</div>"])
+    return {
+        "caption": subject.caption,
+        "memorised": None if subject.memorised is None else _png(references()[subject.memorised]),
+        "methods": [(name, _images(result, row)) for name, result in comparison.results.items()],
+    }
 
 
 def page(comparison: Comparison) -> str:
     """The whole page. Nothing in it points outside."""
-    memorised = references()
-    said = "".join(f"<p>{html.escape(line)}</p>" for line in explanation(comparison.records))
-    prompts = "".join(_prompt(comparison, row, memorised) for row in range(len(comparison.subjects)))
-    plots = f'<img alt="magnitudes" src="{magnitude_plot(comparison)}">'
-    plots += f'<img alt="trade-off" src="{trade_off_plot(comparison)}">'
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>memnoise: the methods side by side</title>'
-        f"<style>{STYLE}</style><h1>memnoise: the methods side by side</h1><p>{html.escape(STATEMENT)}</p>"
-        f"{_table(cells(comparison.records))}{said}"
-        "<p>Red frames: copies of a memorised picture; dashed: of another than the prompt's own.</p>"
-        f'<div class="plots">{plots}</div>{prompts}</html>\n'
+    template = environment(Path(__file__).parent).get_template(TEMPLATE)
+    content = template.render(
+        statement=STATEMENT,
+        table=cells(comparison.records),
+        explanation=explanation(comparison.records),
+        plots=[("magnitudes", magnitude_plot(comparison)), ("trade-off", trade_off_plot(comparison))],
+        prompts=[_prompt(comparison, row) for row in range(len(comparison.subjects))],
     )
+    return f"{content}\n"

@@ -11,22 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lib_memnoise.core.calibration import Calibration, Key
 from lib_memnoise.core.delta import magnitude
-from lib_memnoise.lab.claims import NONE, RESAMPLES, auc, interval, ordinary_subjects
+from lib_memnoise.lab.claims import NONE, ordinary_subjects
 from lib_memnoise.lab.experiment import Subject, first_predictions, seed_of, subjects
 from lib_memnoise.lab.miniature.model import Miniature
 from lib_memnoise.lab.simulator import generate, noises
+from lib_memnoise.lab.stats import RESAMPLES, Values, auc, interval
 from lib_memnoise.settings import Settings, size_factor
 
 RATE = 0.01
 """The false-positive rate at which true positives are counted."""
 NOISES = (1, 2, 4, 8)
 MOST = max(NOISES)
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib_memnoise.core.schedule import ALPHAS_CUMPROD
 from lib_memnoise.lab import kdiffusion
-from lib_memnoise.lab.sampling import ALPHAS_CUMPROD, Predict, ddim_timesteps, follow
+from lib_memnoise.lab.ddim import Predict, ddim_timesteps, follow
 
 
 def _k_model(predict: Predict, parameterization: str) -> Any:

@@ -16,10 +16,10 @@ from torch import Tensor
 from lib_memnoise.core.delta import magnitude
 from lib_memnoise.core.guidance import Start
 from lib_memnoise.core.report import ImageReport
+from lib_memnoise.core.schedule import alpha_bar
 from lib_memnoise.lab.miniature.architecture import SHAPE
 from lib_memnoise.lab.miniature.text import END, UNKNOWN, token_ids, vocabulary, words
 from lib_memnoise.lab.samplers import SAMPLERS
-from lib_memnoise.lab.sampling import alpha_bar
 from lib_memnoise.methods.batch import BatchContext, Outcome, Prompt
 from lib_memnoise.methods.pipeline import mitigate
 from lib_memnoise.settings import Settings

@@ -10,24 +10,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lib_memnoise.core.calibration import unit
 from lib_memnoise.core.calibration_store import serves
 from lib_memnoise.core.delta import magnitude
+from lib_memnoise.core.schedule import alpha_bar
 from lib_memnoise.lab.claims import ordinary_subjects
 from lib_memnoise.lab.detection import RATE
 from lib_memnoise.lab.experiment import BATCH, seed_of
 from lib_memnoise.lab.miniature.model import Miniature
-from lib_memnoise.lab.sampling import alpha_bar
 from lib_memnoise.lab.simulator import make_network, noises
+from lib_memnoise.lab.stats import Values
 
 TIMESTEPS = (999, 981, 951, 926, 901, 876, 851, 801, 741, 681)
 """999: samplers in sigmas. 981, 951, 901, 876: DDIM with 50, 20, 10, 8 steps."""
 PROMPTS = 21
 """The draw of the prompts: others are drawn for what is reported elsewhere."""
-
-Values = NDArray[np.float64]
 
 
 @torch.no_grad()
@@ -59,7 +57,8 @@ def units(parameterization: str, timesteps: Sequence[int] = TIMESTEPS) -> Values
 def false_positives(found: Values, scale: Values | None = None, rate: float = RATE) -> Values:
     """The share of scores at each T (columns) above the (1 − rate) quantile of those at another (rows), `(T, T)`.
 
-    `scale` converts one to the other: None takes them as they are.
+    `scale` converts one to the other: None takes them as they are. The quantile is interpolated between scores: a
+    calibration's threshold, by which `detection` counts, errs on the side of fewer false positives instead.
     """
     if scale is not None:
         found = found / scale[:, None]

@@ -90,6 +90,7 @@ class SamplingPass:
             rows = sum(len(part) for part in parts)
             equal = token_length(cond) == token_length(negative)
             calls = backend.first_calls(p, rows, len(parts), equal=equal, sigma=step.sigma)
+        image_cond = image_conditioning(p, x)
         backend.load(x)  # when all is encoded that has to be, which may take the network's place
         return DeltaPredictor(
             backend=backend,
@@ -97,7 +98,7 @@ class SamplingPass:
             parts=parts,
             cond=cond,
             uncond=uncond,
-            image_cond=image_conditioning(p, x),
+            image_cond=image_cond,
             length=token_length(given),
             reports=self.reports,
             images=list(range(len(parts))),

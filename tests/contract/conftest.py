@@ -1,4 +1,7 @@
-"""The same scenarios run against a double of the host and, where SD_WEBUI_DIR names one, a real WebUI."""
+"""The same scenarios run against doubles of two hosts and, where SD_WEBUI_DIR names one, a real WebUI.
+
+"double" stands for A1111, "patcher" for hosts that patch a U-Net (Forge).
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,21 @@ from tests import browser
 from tests.hosts import webui
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HOSTS = ["double", *(["webui"] if webui.locate() else [])]
+HOSTS = ["double", "patcher", *(["webui"] if webui.locate() else [])]
+FOR_ONE_DOUBLE = ("test_access.py", "test_page.py")
+"""Of passwords and the page, which both doubles have in common."""
 
 
 def pytest_report_header() -> str:
     return f"memnoise hosts: {', '.join(HOSTS)}" + ("" if "webui" in HOSTS else " (SD_WEBUI_DIR names no WebUI)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    again = [
+        item for item in items if item.path.name in FOR_ONE_DOUBLE and "patcher" in re.split(r"[\[\]-]", item.name)
+    ]
+    config.hook.pytest_deselected(items=again)
+    items[:] = [item for item in items if item not in again]
 
 
 def open_host(kind: str, tmp_path_factory: pytest.TempPathFactory, **kwargs: Any) -> Any:
@@ -36,8 +49,9 @@ def open_host(kind: str, tmp_path_factory: pytest.TempPathFactory, **kwargs: Any
         maker.make_checkpoints(folder, root, python)  # type: ignore[attr-defined]
         return webui.WebUI(folder, "sd1", **kwargs)
     from tests.hosts.double.host import Double
+    from tests.hosts.patcher_double.host import PatcherDouble
 
-    return Double(REPOSITORY, "sd1", **kwargs)
+    return (PatcherDouble if kind == "patcher" else Double)(REPOSITORY, "sd1", **kwargs)
 
 
 @pytest.fixture(scope="module", params=HOSTS)
@@ -49,7 +63,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def address(running: Any) -> Iterator[str]:
     """Where the host answers other programs."""
-    if running.name == "double":
+    if not running.is_real:
         pytest.importorskip("uvicorn")
         with browser.served(running.app) as url:
             yield url
@@ -88,8 +102,8 @@ class Studio:
 
     def __init__(self, host: Any) -> None:
         self.host = host
-        self.is_real = host.name != "double"
-        self.is_fork = getattr(host, "is_fork", False)
+        self.is_real: bool = host.is_real
+        self.is_fork: bool = host.is_fork
         """Forge or reForge."""
 
     @contextlib.contextmanager

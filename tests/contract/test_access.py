@@ -72,7 +72,7 @@ def without_api(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 def test_the_page_needs_no_api(without_api: Any) -> None:
     """Its buttons and its plot are the page's own."""
     pytest.importorskip("uvicorn")
-    real = without_api.name != "double"
+    real = without_api.is_real
     with (
         contextlib.nullcontext(without_api.url) if real else browser.served(without_api.app) as url,
         browser.browser() as running,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lib_memnoise.core.calibration import ORDINARY, ordinary_prompts, unit
-from lib_memnoise.lab.sampling import alpha_bar
+from lib_memnoise.core.schedule import alpha_bar
 from tests.contract.conftest import ROUNDING, Studio, close
 from tests.contract.test_generation import same
 from tests.contract.test_img2img import payload as img2img
@@ -105,8 +106,14 @@ def test_what_the_host_was_doing_goes_on(studio: Studio) -> None:
     from lib_memnoise.webui.nested import STATE, host_set_aside
 
     p = processing.StableDiffusionProcessingTxt2Img(tiling=True)
-    model_hijack.apply_circular(True)
-    model_hijack.comments, model_hijack.extra_generation_params = ["said"], {"Emphasis": "None"}
+    encoder: Any = model_hijack
+    tile = model_hijack.apply_circular
+    if studio.is_fork:
+        studio.run()  # loads the checkpoint
+        encoder = shared.sd_model
+        tile = functools.partial(processing.apply_circular_forge, encoder)
+    tile(True)
+    encoder.comments, encoder.extra_generation_params = ["said"], {"Emphasis": "None"}
     shared.state.begin(job="outer")
     shared.state.job_count, shared.state.textinfo = 3, "drawing"
     before = {name: getattr(shared.state, name) for name in STATE}
@@ -122,14 +129,14 @@ def test_what_the_host_was_doing_goes_on(studio: Studio) -> None:
         drawn()
         shared.state.nextjob()
         shared.state.job, shared.state.job_count, shared.state.skipped = "inner", 60, True
-        model_hijack.apply_circular(False)
-        model_hijack.comments, model_hijack.extra_generation_params = [], {}
+        tile(False)
+        encoder.comments, encoder.extra_generation_params = [], {}
     assert drawn() == expected
     assert {name: getattr(shared.state, name) for name in STATE} == before and not shared.state.skipped
-    assert model_hijack.circular_enabled and model_hijack.comments == ["said"]
-    assert model_hijack.extra_generation_params == {"Emphasis": "None"}
-    model_hijack.apply_circular(False)
-    model_hijack.comments, model_hijack.extra_generation_params = [], {}
+    assert encoder.tiling_enabled if studio.is_fork else encoder.circular_enabled
+    assert encoder.comments == ["said"] and encoder.extra_generation_params == {"Emphasis": "None"}
+    tile(False)
+    encoder.comments, encoder.extra_generation_params = [], {}
     shared.state.end()
 
 

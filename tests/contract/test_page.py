@@ -41,7 +41,7 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture
 def page(chromium: Any, running: Any, address: str) -> Iterator[HostPage]:
     loses_errors = getattr(running, "loses_errors", False)
-    opened = HostPage(chromium, address, is_real=running.name != "double", loses_errors=loses_errors)
+    opened = HostPage(chromium, address, is_real=running.is_real, loses_errors=loses_errors)
     yield opened
     # The host's own page raises this after any generation, with no extension installed.
     errors = [error for error in opened.errors if not (opened.is_real and "reading 'props'" in error)]
@@ -291,7 +291,7 @@ def test_why_a_cell_is_empty_is_on_the_page(page: HostPage) -> None:
 
 @pytest.fixture
 def double(running: Any) -> Any:
-    if running.name != "double":
+    if running.is_real:
         pytest.skip("the double's own way to the page")
     return running
 

@@ -10,9 +10,10 @@ import pytest
 from tests.contract.conftest import HOSTS, REPOSITORY, Studio, open_host
 
 
+@pytest.mark.parametrize("kind", ["double", "patcher"])
 @pytest.mark.parametrize("method", ["batch_wise", "per_sample"])
-def test_flow_models(tmp_path_factory: pytest.TempPathFactory, method: str) -> None:
-    with open_host("double", tmp_path_factory) as host:
+def test_flow_models(tmp_path_factory: pytest.TempPathFactory, method: str, kind: str) -> None:
+    with open_host(kind, tmp_path_factory) as host:
         studio = Studio(host)
         host.load("sd3")
         euler = {"sampler_name": "Euler"}
@@ -66,7 +67,7 @@ def test_medvram_changes_nothing(tmp_path_factory: pytest.TempPathFactory) -> No
     """Modules that are moved in and out, as --medvram does, give the same gradient."""
     pictures = {}
     for args in ((), ("--medvram",)):
-        kind = HOSTS[-1]
+        kind = "webui" if "webui" in HOSTS else "double"
         given = {"extra_args" if kind == "webui" else "cmd_args": args}
         with open_host(kind, tmp_path_factory, **given) as host:
             settings = {"method": "per_sample", "target": 0.8, "target_kind": "fraction"}
@@ -86,8 +87,9 @@ def test_no_page(tmp_path_factory: pytest.TempPathFactory) -> None:
         assert sum(label.startswith("[Memnoise]") for label in plot_controls(studio)[0]["choices"]) > 10
 
 
-def test_the_host_swallowed_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with open_host("double", tmp_path_factory) as host:
+@pytest.mark.parametrize("kind", ["double", "patcher"])
+def test_the_host_swallowed_nothing(tmp_path_factory: pytest.TempPathFactory, kind: str) -> None:
+    with open_host(kind, tmp_path_factory) as host:
         studio = Studio(host)
         assert host.startup_reports == []
         for settings in ({}, {"method": "per_sample", "max_steps": 2}, None):

@@ -96,6 +96,8 @@ class WebUI:
     them; ``drop_args`` removes default flags that take no value. ``repository=None`` leaves the project out.
     """
 
+    is_real = True
+
     def __init__(
         self,
         checkpoints: Path,

@@ -20,8 +20,9 @@ from PIL import Image
 from lib_memnoise.core.files import replacing
 from lib_memnoise.lab.evaluation.metrics import label_of, metric_of, training_picture
 from lib_memnoise.lab.evaluation.plan import Curve
-from lib_memnoise.lab.evaluation.results import Results, baseline, strength_of, weight_decay
+from lib_memnoise.lab.evaluation.results import Results, strength_of, weight_decay
 from lib_memnoise.lab.evaluation.run import Run
+from lib_memnoise.lab.evaluation.trajectories import baseline
 
 GRID_PROMPTS, GRID_IMAGES = 6, 4
 """Rows and columns of grids, at most."""

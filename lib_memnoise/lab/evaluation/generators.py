@@ -1,4 +1,4 @@
-"""What makes the images: a WebUI with memnoise, or the miniature."""
+"""The generators of images: a WebUI with memnoise, or the miniature."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lib_memnoise import __version__
 from lib_memnoise.lab.client import NoAnswer, NotNow, NotThere, WebUI
 from lib_memnoise.lab.evaluation.dispatch import Refused, Unanswered
 from lib_memnoise.lab.evaluation.plan import Request
-from lib_memnoise.lab.evaluation.run import Made, Record, packed
+from lib_memnoise.lab.evaluation.run import GeneratedImage, Record, packed
 from lib_memnoise.lab.miniature import OneSentence
 from lib_memnoise.settings import INFOTEXT
 
@@ -48,7 +48,7 @@ def literal(caption: str) -> str:
 
 
 @dataclass
-class WebUIMaker:
+class WebUIGenerator:
     """A running WebUI. Its own settings hold where the plan says nothing."""
 
     url: str
@@ -97,7 +97,7 @@ class WebUIMaker:
                 raise OneSentence(f"{self.name} has no {kind} {wanted!r}; it has {', '.join(names)}.")
             self._known.add((kind, wanted))
 
-    def __call__(self, request: Request) -> list[Made]:
+    def __call__(self, request: Request) -> list[GeneratedImage]:
         self._has(request)
         settings = request.settings
         payload: dict[str, Any] = {
@@ -132,7 +132,7 @@ class WebUIMaker:
         self._check(info, texts, request)
         traces = self._traces(texts, request)
         return [
-            _made(picture, text, request.seed + k, seconds, memory, traces[k])
+            _image(picture, text, request.seed + k, seconds, memory, traces[k])
             for k, (picture, text) in enumerate(zip(pictures, texts))
         ]
 
@@ -184,14 +184,14 @@ def _opened(text: str) -> Image.Image:
     return picture
 
 
-def _made(
+def _image(
     picture: Image.Image,
     text: Mapping[str, str],
     seed: int,
     seconds: float,
     memory: float | None,
     trace: list[list[float]],
-) -> Made:
+) -> GeneratedImage:
     def number(key: str) -> float | None:
         value = text.get(f"{INFOTEXT} {key}")
         return None if value is None else float(value)
@@ -209,10 +209,10 @@ def _made(
         notes=[text[f"{INFOTEXT} note"]] if f"{INFOTEXT} note" in text else [],
         trace=trace,
     )
-    return Made(packed(picture, record), record)
+    return GeneratedImage(packed(picture, record), record)
 
 
-class MiniatureMaker:
+class MiniatureGenerator:
     """The miniature, in this process."""
 
     name = "the miniature"
@@ -236,7 +236,7 @@ class MiniatureMaker:
             "dtype": "float32",
         }
 
-    def __call__(self, request: Request) -> list[Made]:
+    def __call__(self, request: Request) -> list[GeneratedImage]:
         from lib_memnoise.lab.miniature.model import to_images
         from lib_memnoise.lab.samplers import SAMPLERS
         from lib_memnoise.lab.simulator import generate, noises
@@ -279,5 +279,10 @@ class MiniatureMaker:
                 seconds=seconds,
                 trace=[[t, float(size[k])] for t, size in found.trace],
             )
-            made.append(Made(packed(Image.fromarray(picture), record), record))
+            made.append(GeneratedImage(packed(Image.fromarray(picture), record), record))
         return made
+
+
+# `command` knows them by these names.
+WebUIMaker = WebUIGenerator
+MiniatureMaker = MiniatureGenerator

@@ -133,7 +133,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Request:
-    """All that a maker needs to know to make a unit's images."""
+    """All that a generator needs to know of a unit's images."""
 
     caption: str
     settings: Mapping[str, Any] | None

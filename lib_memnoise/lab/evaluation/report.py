@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Sequence
@@ -10,17 +9,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 
 from lib_memnoise import __version__
 from lib_memnoise.core.files import replacing
+from lib_memnoise.lab.evaluation.claims import CLAIMS, Claim, claims, overall
 from lib_memnoise.lab.evaluation.figures import Drawn, draw, label_of_point, save
 from lib_memnoise.lab.evaluation.metrics import METRICS, label_of, metric_of
-from lib_memnoise.lab.evaluation.results import CLAIMS, Claim, Estimate, Results, claims, compared, overall, results
+from lib_memnoise.lab.evaluation.results import Results, compared, results
 from lib_memnoise.lab.evaluation.run import NEAREST, Run
+from lib_memnoise.lab.pages import address, environment
+from lib_memnoise.lab.stats import Estimate
 
-PAGE, FIGURES = "report.html", "figures"
+PAGE, FIGURES, TEMPLATE = "report.html", "figures", "report.html.jinja"
 
 
 def number(value: Any) -> str:
@@ -32,19 +33,11 @@ def number(value: Any) -> str:
     return f"{value:.3f}" if 1e-3 <= abs(value) < 100 else f"{value:.4g}"
 
 
-def _environment() -> jinja2.Environment:
-    made = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
-    made.filters["number"] = number
-    return made
-
-
 def _picture(drawn: Drawn, folder: Path) -> str | None:
     """The figure's file, as an address."""
     if drawn.figure is None:
         return None
-    content = (folder / f"{drawn.name}.png").read_bytes()
-    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+    return address((folder / f"{drawn.name}.png").read_bytes())
 
 
 def _table(data: pd.DataFrame | None, columns: Sequence[str]) -> dict[str, Any] | None:
@@ -77,7 +70,9 @@ def report(run: Run, absent: dict[str, str] | None = None) -> tuple[Results, lis
             }
         )
     save(Drawn("images", "", None, found.images), folder)
-    page = _environment().get_template("report.html.jinja").render(
+    templates = environment(Path(__file__).parent)
+    templates.filters["number"] = number
+    page = templates.get_template(TEMPLATE).render(
         version=__version__, plan=found.plan, source=found.source, metrics=_measured(found), labels=METRICS,
         absent=found.absent, claims=grouped(judged), verdicts=VERDICTS, parts=parts, found=found,
         prompts=len(found.plan.prompts), unknown=[nearest_is_unknown(name) for name in found.unknown_nearest],

@@ -1,125 +1,26 @@
-"""What a run's records say: means with intervals, and which of the paper's claims hold.
-
-Intervals are 95 % percentile bootstrap intervals over the prompts: images of one prompt are not independent.
-"""
+"""What a run's records say, as tables: means over prompts with intervals, weight decay, what changed between runs."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from scipy import stats
 from scipy.spatial.distance import jensenshannon
+from scipy.stats import chi
 
-from lib_memnoise.core.guidance import transition_point
 from lib_memnoise.lab.evaluation.metrics import METRICS, label_of
 from lib_memnoise.lab.evaluation.plan import Curve, Plan
 from lib_memnoise.lab.evaluation.run import NEAREST, Run, columns_of
+from lib_memnoise.lab.stats import Estimate, Values, estimate
 
-RESAMPLES = 2000
 COUNTS = ("rows", "backward_rows", "before", "after", "norm", "seconds", "memory")
 """What a record counts, beside the metrics."""
-COMPARABLE = 0.02
-"""A difference of copying up to which methods are as good as each other."""
 DRAWS = 20
 """Sets of drawn noises that lengths are compared with."""
-
-Values = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over prompts and its 95 % interval; NaN where there is nothing, or too little to tell."""
-
-    value: float
-    low: float
-    high: float
-    prompts: int
-
-    def __str__(self) -> str:
-        if math.isnan(self.value):
-            return "–"
-        return f"{self.value:.3f}" + ("" if math.isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]")
-
-
-NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
-
-
-def resampled(count: int, statistic: Callable[[NDArray[np.int64]], float]) -> tuple[float, float]:
-    """The interval of a statistic of prompts, which is given the indices of those drawn."""
-    if count < 2:
-        return math.nan, math.nan
-    found = stats.bootstrap(
-        (np.arange(count),),
-        statistic,
-        n_resamples=RESAMPLES,
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)
-
-
-def estimate(values: Values) -> Estimate:
-    """The mean of a value a prompt, `(P,)`; prompts without one (NaN) do not count."""
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return NOTHING
-    if len(values) < 2:
-        return Estimate(float(values[0]), math.nan, math.nan, 1)
-    # The mean of resampled prompts, all at once.
-    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
-    return Estimate(float(values.mean()), float(low), float(high), len(values))
-
-
-CLAIMS = {
-    1: "From adjusted noise less is copied than from noise as drawn, at equal alignment (Figure 4)",
-    2: "The transition comes earlier with larger γ̃ (Figure 3)",
-    3: "Per-sample removes the transition (Figure 10)",
-    4: "Per-sample copies least of all methods at equal alignment; batch-wise is as good as cross-attention (Figure 5)",
-}
-"""The paper's claims, by their number here."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A part of one of the paper's claims, and the number that decides it in this run."""
-
-    number: int
-    """Of `CLAIMS`."""
-    claim: str
-    measured: str
-    estimate: Estimate
-    needed: float
-    """The number must be above it, or with `below` below it."""
-    below: bool = False
-    beside: Estimate | None = None
-    """The number if copies are counted the other way (see `Results.copying`), where they can be."""
-    beside_of: str = ""
-    """Which way that is."""
-
-    @property
-    def holds(self) -> bool | None:
-        """The whole interval is on the claim's side; False: on the other; None: on both, or there is none."""
-        low, high = self.estimate.low, self.estimate.high
-        if math.isnan(low):
-            return None
-        if self.below:
-            low, high = 2 * self.needed - high, 2 * self.needed - low
-        return True if low > self.needed else False if high <= self.needed else None
-
-
-def overall(parts: Sequence[Claim]) -> bool | None:
-    """Whether a claim holds: all of its parts do; False: one does not."""
-    verdicts = [part.holds for part in parts]
-    return False if False in verdicts else None if None in verdicts or not verdicts else True
 
 
 @dataclass
@@ -235,110 +136,6 @@ def results(run: Run, absent: dict[str, str] | None = None) -> Results:
     return Results(run.plan, images, traces, run.source, run.metrics, absent or {})
 
 
-# The trade-off
-
-
-def along(curve: Sequence[tuple[Values, Values]], alignment: float, drawn: NDArray[np.int64]) -> float:
-    """A curve's copying where its alignment is the one given: interpolated between its points.
-
-    Args:
-        curve: of every point, alignment and copying a prompt.
-        drawn: the prompts that count.
-    """
-    points = sorted((float(np.nanmean(a[drawn])), float(np.nanmean(c[drawn]))) for a, c in curve)
-    alignments, copying = np.array(points).T
-    return float(np.interp(alignment, alignments, copying))
-
-
-def _curve(found: Results, curve: Curve, copy: str, alignment: str) -> list[tuple[Values, Values]]:
-    """A curve's points, with no mitigation as its weakest where the plan has that."""
-    keys = list(dict.fromkeys((*curve.points, *(["none"] if "none" in found.plan.points else []))))
-    pairs = [(found.prompt_means(key, alignment), found.prompt_means(key, copy)) for key in keys]
-    return [pair for pair in pairs if not np.isnan(pair[0] + pair[1]).all()]
-
-
-def difference(found: Results, ours: Curve, theirs: Curve, copy: str, alignment: str) -> tuple[Estimate, int]:
-    """How much more a curve copies than ours does, at our points' alignment; averaged over our points.
-
-    Our points whose alignment their curve does not reach are left out: nothing is known of it there.
-
-    Returns:
-        The difference, and how many of our points it is of.
-    """
-    mine = [(found.prompt_means(key, alignment), found.prompt_means(key, copy)) for key in ours.points]
-    other = _curve(found, theirs, copy, alignment)
-    if not other:
-        return NOTHING, 0
-    columns = np.stack([part for pair in (*mine, *other) for part in pair])
-    complete = np.flatnonzero(~np.isnan(columns).any(0))
-    if not len(complete):
-        return NOTHING, 0
-    reached = [float(a[complete].mean()) for a, _ in other]
-    mine = [(a, c) for a, c in mine if min(reached) <= float(a[complete].mean()) <= max(reached)]
-    if not mine:
-        return NOTHING, 0
-
-    def statistic(drawn: NDArray[np.int64]) -> float:
-        rows = complete[drawn]
-        return float(np.mean([along(other, float(a[rows].mean()), rows) - float(c[rows].mean()) for a, c in mine]))
-
-    low, high = resampled(len(complete), statistic)
-    return Estimate(statistic(np.arange(len(complete))), low, high, len(complete)), len(mine)
-
-
-# Along the trajectory
-
-
-def crossing(trace: Values, level: float) -> float:
-    """The timestep at which ‖Δ‖ is below a level for the first time; 0 if it never is."""
-    below = np.flatnonzero(trace[:, 1] < level)
-    return float(trace[below[0], 0]) if len(below) else 0.0
-
-
-def largest_fall(trace: Values, before: float = 500.0, within: int = 5) -> float:
-    """How far ‖Δ‖ falls at most within a few steps, in the first half of the trajectory."""
-    early = trace[trace[:, 0] > before][:, 1]
-    return float((early[:-within] - early[within:]).max()) if len(early) > within else math.nan
-
-
-def traced(found: Results, point: str, value: Callable[[tuple[int, int], Values], float]) -> Values:
-    """The mean of something of each image's trace, for every prompt, `(P,)`."""
-    per_prompt: dict[int, list[float]] = {}
-    for (key, prompt, image), trace in found.traces.items():
-        if key == point:
-            per_prompt.setdefault(prompt, []).append(value((prompt, image), trace))
-    return np.array([np.mean(per_prompt[k]) if k in per_prompt else math.nan for k in range(len(found.plan.prompts))])
-
-
-def _ratio(ours: Values, theirs: Values) -> Estimate:
-    """The mean over prompts divided by another's."""
-    complete = ~np.isnan(ours + theirs)
-    ours, theirs = ours[complete], theirs[complete]
-    if not len(ours):
-        return NOTHING
-    low, high = resampled(len(ours), lambda drawn: float(ours[drawn].mean() / theirs[drawn].mean()))
-    return Estimate(float(ours.mean() / theirs.mean()), low, high, len(ours))
-
-
-def slopes(strengths: Values, values: Values) -> Values:
-    """By how much a value `(P, S)` grows with the strength `(S,)`, of every prompt, `(P,)`; least squares."""
-    centred = strengths - strengths.mean()
-    return np.asarray(values @ centred / (centred @ centred))
-
-
-def baseline(found: Results) -> str | None:
-    """The point that is traced as it was drawn: γ̃ = 0."""
-    for curve in found.curves("strengths"):
-        if curve.sweep == "gamma" and 0 in curve.strengths:
-            return curve.points[curve.strengths.index(0)]
-    return None
-
-
-def half_of_first(found: Results, point: str) -> dict[tuple[int, int], float]:
-    """Of each traced image, half of the ‖Δ‖ that it starts from."""
-    return {key[1:]: float(trace[0, 1]) / 2 for key, trace in found.traces.items() if key[0] == point}
-
-
 # Weight decay
 
 
@@ -360,7 +157,7 @@ def divergence(lengths: Values, size: int) -> float:
 
 def _lengths(count: int, size: int, seed: int) -> Values:
     """‖x‖₂/√d of drawn noises, `(count,)`."""
-    return np.asarray(stats.chi.rvs(size, size=count, random_state=np.random.default_rng(seed)) / math.sqrt(size))
+    return np.asarray(chi.rvs(size, size=count, random_state=np.random.default_rng(seed)) / math.sqrt(size))
 
 
 def weight_decay(found: Results) -> pd.DataFrame:
@@ -380,101 +177,6 @@ def weight_decay(found: Results) -> pd.DataFrame:
             row["‖x‖/√d"] = float(norms.mean()) if len(norms) else math.nan
             rows.append(row | {label_of(name): found.estimate(point, name).value for name in found.metrics})
     return pd.DataFrame(rows)
-
-
-# The paper's claims
-
-
-def claims(found: Results) -> list[Claim]:
-    """What this run says of each of the paper's claims."""
-    copying, alignment = found.copying, found.metric("alignment")
-    made: list[Claim] = []
-    if copying and alignment is not None:
-        made += _adjustment(found, copying, alignment)
-    made += _transitions(found)
-    if copying and alignment is not None:
-        made += _ordering(found, copying, alignment)
-    return made
-
-
-def _at_equal_alignment(
-    found: Results, number: int, claim: str, ours: Curve, theirs: Curve, copying: Sequence[str], alignment: str
-) -> Claim:
-    gained, points = difference(found, ours, theirs, copying[0], alignment)
-    measured = f"{label_of(copying[0])}: that of “{theirs.name}” less that of “{ours.name}”, at the alignment of "
-    count = len(ours.points)
-    if not points:
-        measured += f"its {count} strengths: “{theirs.name}” does not reach any"
-    else:
-        measured += (
-            f"its {count} strengths" if points == count else f"the {points} of its {count} strengths within reach"
-        )
-    part = Claim(number, claim, measured, gained, 0.0)
-    for column in copying[1:]:
-        beside, _ = difference(found, ours, theirs, column, alignment)
-        part = replace(part, beside=beside, beside_of=label_of(column))
-    return part
-
-
-def _adjustment(found: Results, copying: Sequence[str], alignment: str) -> list[Claim]:
-    curves = found.curves("adjustment")
-    adjusted = next((curve for curve in curves if curve.method == "batch_wise"), None)
-    plain = next((curve for curve in curves if curve.method == "static"), None)
-    if adjusted is None or plain is None:
-        return []
-    claim = "From adjusted noise less is copied"
-    return [_at_equal_alignment(found, 1, claim, adjusted, plain, copying, alignment)]
-
-
-def _transitions(found: Results) -> list[Claim]:
-    made: list[Claim] = []
-    start = baseline(found)
-    if start is None:
-        return []
-    levels = half_of_first(found, start)
-
-    def crossed(image: tuple[int, int], trace: Values) -> float:
-        return crossing(trace, levels.get(image, math.nan))
-
-    def minimum(_: tuple[int, int], trace: Values) -> float:
-        return transition_point([(t, size) for t, size in trace]) or 0.0
-
-    for curve in found.curves("strengths"):
-        for how, what in (
-            (crossed, "‖Δ‖ falls below half of the drawn noise's first earlier with larger γ̃"),
-            (minimum, "‖Δ‖ has its first minimum earlier with larger γ̃"),
-        ):
-            values = np.stack([traced(found, point, how) for point in curve.points], axis=1)
-            earlier = estimate(slopes(np.array(curve.strengths, dtype=float), values))
-            made.append(Claim(2, what, "timesteps earlier for each unit of γ̃, by least squares", earlier, 0.0))
-    for curve in found.curves("per_sample"):
-        plain = traced(found, start, lambda _, trace: largest_fall(trace))
-        ours = traced(found, curve.points[0], lambda _, trace: largest_fall(trace))
-        falls = "–" if np.isnan(plain).all() else f"{np.nanmean(plain):.2g}"
-        measured = (
-            f"largest fall of ‖Δ‖ within five steps, over that of the drawn noise, {falls}; below a half is needed"
-        )
-        made.append(Claim(3, "No sharp drop of ‖Δ‖ is left", measured, _ratio(ours, plain), 0.5, below=True))
-    return made
-
-
-def _ordering(found: Results, copying: Sequence[str], alignment: str) -> list[Claim]:
-    """Figure 5: per-sample against every other method, and batch-wise against cross-attention scaling."""
-    curves = found.curves("methods")
-    made = []
-    ours = next((curve for curve in curves if curve.method == "per_sample"), None)
-    if ours is not None:
-        for other in curves:
-            if other.method not in ("per_sample", "none"):
-                claim = f"Per-sample copies less than “{other.name}”"
-                made.append(_at_equal_alignment(found, 4, claim, ours, other, copying, alignment))
-    batch = next((curve for curve in curves if curve.method == "batch_wise"), None)
-    scaling = next((curve for curve in curves if curve.method == "cross_attention"), None)
-    if batch is not None and scaling is not None:
-        claim = f"Batch-wise copies less than “{scaling.name}”, or as little"
-        part = _at_equal_alignment(found, 4, claim, batch, scaling, copying, alignment)
-        made.append(replace(part, needed=-COMPARABLE, measured=f"{part.measured}; above −{COMPARABLE} is needed"))
-    return made
 
 
 # Two runs

@@ -84,7 +84,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Made:
+class GeneratedImage:
     """An image that came back."""
 
     picture: bytes
@@ -255,8 +255,8 @@ class Run:
         except (FileNotFoundError, ValueError):
             return {}
 
-    def made_by(self, source: Mapping[str, Any], maker: str) -> None:
-        """Images come from this origin, of the maker of that name.
+    def made_by(self, source: Mapping[str, Any], generator: str) -> None:
+        """Images come from this origin, of the generator of that name.
 
         Raises:
             BadRun: those that are there came from elsewhere.
@@ -265,8 +265,8 @@ class Run:
         for name in known:
             if known[name] != source.get(name):
                 raise BadRun(
-                    f"{self.folder} holds images of another origin than {maker}'s: {name} is {known[name]} there and "
-                    f"{source.get(name)} here."
+                    f"{self.folder} holds images of another origin than {generator}'s: {name} is {known[name]} there "
+                    f"and {source.get(name)} here."
                 )
         if not known:
             with replacing(self.folder / SOURCE) as partial:
@@ -277,7 +277,7 @@ class Run:
     def picture(self, point: str, prompt: int, image: int) -> Path:
         return self.folder / "images" / point / f"{prompt:06d}-{image:03d}.png"
 
-    def keep(self, unit: Unit, made: Sequence[Made]) -> None:
+    def keep(self, unit: Unit, made: Sequence[GeneratedImage]) -> None:
         """Images that came back: their files, then what is known of them. Those that are there already stay."""
         known = set(self._numbers(unit.point, unit.prompt))
         new = [(image, each) for image, each in enumerate(made, unit.first) if image not in known]
@@ -316,7 +316,7 @@ class Run:
 
     def _numbers(self, point: str, prompt: int) -> list[int]:
         query = "select image from images where point = ? and prompt = ?"
-        with self._turn:  # units are looked for by makers' threads
+        with self._turn:  # units are looked for by generators' threads
             return [int(image) for (image,) in self._database.execute(query, (point, prompt))]
 
     @property

@@ -12,11 +12,12 @@ from typing import Any
 from tqdm import tqdm
 
 from lib_memnoise.lab.evaluation import cluster, dispatch, metrics
+from lib_memnoise.lab.evaluation.claims import Claim
 from lib_memnoise.lab.evaluation.generators import MiniatureMaker, WebUIMaker
 from lib_memnoise.lab.evaluation.plan import BadPlan, Plan, curve_of, document, make
 from lib_memnoise.lab.evaluation.prompts import MINIATURE
 from lib_memnoise.lab.evaluation.report import report
-from lib_memnoise.lab.evaluation.results import Claim, Results
+from lib_memnoise.lab.evaluation.results import Results
 from lib_memnoise.lab.evaluation.run import PLAN, BadRun, Run
 from lib_memnoise.lab.miniature import OneSentence
 

@@ -8,11 +8,9 @@ written every few minutes to the work folder, whole or not at all.
 from __future__ import annotations
 
 import functools
-import math
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +28,23 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lib_memnoise.core.files import replacing
+from lib_memnoise.core.schedule import ALPHAS_CUMPROD
 from lib_memnoise.lab.miniature import WEIGHTS, scenes
 from lib_memnoise.lab.miniature.architecture import SNR_SCALE, make_autoencoder, make_text_encoder, make_unet
 from lib_memnoise.lab.miniature.checkpoint import VARIANTS, pack
 from lib_memnoise.lab.miniature.detector import Detector, targets
 from lib_memnoise.lab.miniature.model import to_images, to_pictures
 from lib_memnoise.lab.miniature.networks import Autoencoder
+from lib_memnoise.lab.miniature.stage import (
+    Stage,
+    TrainingState,
+    finished,
+    learning_rate,
+    state_path,
+    steps_done,
+    write,
+)
 from lib_memnoise.lab.miniature.text import END, LENGTH, SPECIAL, START, UNKNOWN, token_ids, vocabulary
-from lib_memnoise.lab.sampling import ALPHAS_CUMPROD
 
 KL_WEIGHT, MEAN_WEIGHT = 3e-3, 0.1
 
@@ -81,37 +88,8 @@ SAVE_EVERY = 200
 """Steps between two states on disk."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A training run: what is trained, for how long, and how a batch's loss is computed.
-
-    `loss(module, generator, rows, done)`, where `done` is the share of the steps behind it, draws a whole batch from
-    the generator and computes the loss of the rows given, the share of one process.
-    """
-
-    name: str
-    arcs: tuple[tuple[int, float], ...]
-    """Steps and the highest learning rate of each arc of the schedule: a warm-up, then a cosine to zero."""
-    batch: int
-    make: Callable[[], nn.Module]
-    loss: Callable[[nn.Module, np.random.Generator, slice, float], Tensor]
-    ema: float = 0.998
-    start_from: str | None = None
-    """A stage whose averaged weights this one begins with."""
-
-    @property
-    def steps(self) -> int:
-        return sum(steps for steps, _ in self.arcs)
-
-
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11)}
 """For glibc: what a step has freed is kept for the next one. The kernel's zeroed pages are a tenth of a step."""
-
-
-def write(path: Path, content: Any) -> None:
-    """Save with torch, whole or not at all."""
-    with replacing(path) as partial:
-        torch.save(content, partial)
 
 
 # What is trained on
@@ -347,32 +325,6 @@ def stages(folder: Path) -> dict[str, Stage]:
     }
 
 
-def state_path(folder: Path, stage: str) -> Path:
-    return folder / f"{stage}.pt"
-
-
-def finished(folder: Path, stage: str, prefix: str = "") -> dict[str, Tensor]:
-    """The averaged weights of a finished stage, those under a prefix without it."""
-    weights: dict[str, Tensor] = torch.load(state_path(folder, stage), mmap=True)["average"]
-    return {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
-
-
-def steps_done(folder: Path, stage: str) -> int:
-    path = state_path(folder, stage)
-    return int(torch.load(path, mmap=True)["step"]) if path.exists() else 0
-
-
-def learning_rate(step: int, arcs: tuple[tuple[int, float], ...]) -> float:
-    """Linear warm-up over 2 % of an arc's steps, then a cosine to zero."""
-    (steps, peak), *later = arcs
-    if step >= steps and later:
-        return learning_rate(step - steps, tuple(later))
-    warm = max(1, steps // 50)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
 def run_stage(rank: int, processes: int, port: int, folder: Path, name: str) -> None:
     """One process's part of a stage, from the last state on disk to the end."""
     torch.set_num_threads(1)
@@ -381,21 +333,8 @@ def run_stage(rank: int, processes: int, port: int, folder: Path, name: str) -> 
     if processes > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo", rank=rank, world_size=processes)
-    torch.manual_seed(scenes.SEED)
-    module = stage.make()
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions are faster so
-    if stage.start_from is not None:
-        module.load_state_dict(finished(folder, stage.start_from))
-    average = {key: value.clone() for key, value in module.state_dict().items()}
-    optimiser = torch.optim.AdamW(
-        module.parameters(), lr=stage.arcs[0][1], weight_decay=0.01, betas=(0.9, 0.99), fused=True
-    )
-    path, start = state_path(folder, name), 0
-    if path.exists():
-        state = torch.load(path)
-        module.load_state_dict(state["module"])
-        optimiser.load_state_dict(state["optimiser"])
-        average, start = state["average"], state["step"]
+    state = TrainingState.of(stage, folder)
+    module, optimiser, start = state.module, state.optimiser, state.step
     trained = DistributedDataParallel(module) if processes > 1 else module
     rows = slice(rank * stage.batch // processes, (rank + 1) * stage.batch // processes)
 
@@ -415,24 +354,14 @@ def run_stage(rank: int, processes: int, port: int, folder: Path, name: str) -> 
                 raise SystemExit("the training was stopped")  # whoever started this process is gone
             if rank:
                 continue
-            keep = min(stage.ema, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for key, value in module.state_dict().items():
-                    average[key].lerp_(value, 1 - keep) if value.is_floating_point() else average[key].copy_(value)
+            state.step = step + 1
+            state.follow(stage.ema)
             shown = loss.item() if step == start else 0.98 * shown + 0.02 * loss.item()
             if isinstance(bar, tqdm):
                 bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
                 bar.update()
-            if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
-                write(
-                    path,
-                    {
-                        "module": module.state_dict(),
-                        "average": average,
-                        "optimiser": optimiser.state_dict(),
-                        "step": step + 1,
-                    },
-                )
+            if state.step % SAVE_EVERY == 0 or state.step == stage.steps:
+                state.save(state_path(folder, name))
     if processes > 1:
         dist.barrier()
         dist.destroy_process_group()

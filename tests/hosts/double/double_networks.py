@@ -69,10 +69,10 @@ class SpatialTransformer(nn.Module):
         self.norm = nn.GroupNorm(8, width)
         self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(width, context)])
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
         y = self.norm(x).flatten(2).transpose(1, 2)
         for block in self.transformer_blocks:
-            y = block(y, context=context)
+            y = block(y, context=context, **options)
         return x + y.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -125,7 +125,12 @@ class UNetModel(nn.Module):
         self.register_buffer("alphas_cumprod", stable_diffusion_alphas_cumprod())
 
     def disturbance(
-        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, y: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor,
+        y: torch.Tensor | None = None,
+        **options: Any,
     ) -> torch.Tensor:
         frequencies = torch.exp(-math.log(10000.0) * torch.arange(CHANNELS // 2, device=x.device) / (CHANNELS // 2))
         angles = timesteps.float()[:, None] * frequencies
@@ -135,16 +140,21 @@ class UNetModel(nn.Module):
         features = self.input_blocks[0](x)
         h = self.input_blocks[1](0.3 * features)
         h = self.middle_block[0](h, emb)
-        h = self.middle_block[1](h, context=context)
+        h = self.middle_block[1](h, context=context, **options)
         h = self.middle_block[2](h, emb)
         phase = nn.functional.interpolate(self.out(h), size=features.shape[2:], mode="nearest")
         weight = self.input_blocks[0].weight[:, : self.out_channels]
         return self.gain * nn.functional.conv_transpose2d(torch.sin(2.5 * features + 2.0 * phase), weight, padding=1)
 
     def forward(
-        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, y: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor,
+        y: torch.Tensor | None = None,
+        **options: Any,
     ) -> torch.Tensor:
-        h = self.disturbance(x, timesteps, context, y)
+        h = self.disturbance(x, timesteps, context, y, **options)
         if self.native == "v":
             return -h
         latent = x[:, : self.out_channels]

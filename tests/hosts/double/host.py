@@ -50,6 +50,7 @@ class Double:
     """
 
     name = "double"
+    is_real = is_fork = False
     _active: Double | None = None
 
     def __init__(
@@ -92,6 +93,7 @@ class Double:
         from modules._record import record
         from starlette.testclient import TestClient
 
+        self._adapt()
         self._record = record
         self.app = _startup.start(self.extension_dirs, self.checkpoint, self.cmd_args, self.settings)
         self.startup_reports = record.reports
@@ -109,6 +111,13 @@ class Double:
         Double._active = None
         self._client.close()
         _startup.stop()
+        self._restore()
+
+    def _adapt(self) -> None:
+        """For doubles of the host's forks: change `modules` before it starts."""
+
+    def _restore(self) -> None:
+        """Undo that."""
 
     # Requests
 
@@ -139,12 +148,15 @@ class Double:
     def load(self, checkpoint: str) -> None:
         """Switch to another checkpoint, as the settings do."""
         self.set_options({"sd_model_checkpoint": f"{checkpoint}.safetensors"})
+        if self._chosen() != checkpoint:
+            raise HostError(f"asked for {checkpoint}, got {self._chosen()}")
+        self.checkpoint = checkpoint
+
+    def _chosen(self) -> str:
         from modules import shared
 
-        loaded = shared.sd_model.sd_checkpoint_info.variant
-        if loaded != checkpoint:
-            raise HostError(f"asked for {checkpoint}, got {loaded}")
-        self.checkpoint = checkpoint
+        variant: str = shared.sd_model.sd_checkpoint_info.variant
+        return variant
 
     def set_options(self, options: Mapping[str, Any]) -> None:
         answer = self.post("/sdapi/v1/options", dict(options))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,9 +38,26 @@ opt_C = 4
 opt_f = 8
 
 
+def _sees_picture(sd_model: Any) -> bool:
+    """Whether the network is given a picture beside the latent, as inpainting models are."""
+    return sd_model.model.conditioning_key in ("hybrid", "concat") or sd_model.is_sdxl_inpaint
+
+
+def _load_checkpoint(info: Any = None) -> None:
+    """The chosen one, unless another is named."""
+    sd_models.reload_model_weights(info=info)
+
+
+@contextlib.contextmanager
+def _sampling(sd_model: Any) -> Iterator[None]:
+    """What batches are made in."""
+    with torch.no_grad(), sd_model.ema_scope():
+        yield
+
+
 def txt2img_image_conditioning(sd_model: Any, x: torch.Tensor, width: int, height: int) -> torch.Tensor:
     """What inpainting models see beside the latent: everything masked, on grey. Others get a placeholder."""
-    if sd_model.model.conditioning_key not in ("hybrid", "concat") and not sd_model.is_sdxl_inpaint:
+    if not _sees_picture(sd_model):
         return x.new_zeros(x.shape[0], 5, 1, 1)
     grey = images_tensor_to_samples(torch.full((x.shape[0], 3, height, width), 0.5))
     return torch.cat([torch.ones_like(grey[:, :1]), grey], dim=1).to(x.dtype)
@@ -186,7 +204,7 @@ class StableDiffusionProcessing:
     def txt2img_image_conditioning(
         self, x: torch.Tensor, width: int | None = None, height: int | None = None
     ) -> torch.Tensor:
-        self.is_using_inpainting_conditioning = self.sd_model.model.conditioning_key in ("hybrid", "concat")
+        self.is_using_inpainting_conditioning = _sees_picture(self.sd_model)
         return txt2img_image_conditioning(self.sd_model, x, width or self.width, height or self.height)
 
     def inpainting_image_conditioning(
@@ -209,7 +227,7 @@ class StableDiffusionProcessing:
         image_mask: Any = None,
         round_image_mask: bool = True,
     ) -> torch.Tensor:
-        if self.sampler.conditioning_key in ("hybrid", "concat"):
+        if _sees_picture(self.sd_model):
             return self.inpainting_image_conditioning(source_image, latent_image, image_mask, round_image_mask)
         return latent_image.new_zeros(latent_image.shape[0], 5, 1, 1)
 
@@ -226,6 +244,12 @@ class StableDiffusionProcessing:
         prompts: list,
     ) -> Any:
         raise NotImplementedError()
+
+    def _noise_to_sample(self, x: torch.Tensor, noise: torch.Tensor, c: Any, uc: Any) -> torch.Tensor:
+        """The noise of a pass after the hook before its sampling."""
+        if self.scripts is not None:
+            self.scripts.process_before_every_sampling(p=self, x=x, noise=noise, c=c, uc=uc)
+        return noise
 
     def close(self) -> None:
         self.sampler = self.c = self.uc = None
@@ -549,11 +573,11 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
     try:
         if sd_models.checkpoint_aliases.get(overrides.get("sd_model_checkpoint")) is None:
             overrides.pop("sd_model_checkpoint", None)
-            sd_models.reload_model_weights()
+            _load_checkpoint()
         for key, value in overrides.items():
             opts.set(key, value, is_api=True, run_callbacks=False)
             if key == "sd_model_checkpoint":
-                sd_models.reload_model_weights()
+                _load_checkpoint()
         sd_models.apply_token_merging(p.sd_model, p.get_token_merging_ratio())
         sd_samplers.fix_p_invalid_sampler_and_scheduler(p)
         return process_images_inner(p)
@@ -690,7 +714,7 @@ def process_images_inner(p: Any) -> Processed:
         output.insert(at, image)
 
     index_of_first_image = 0
-    with torch.no_grad(), p.sd_model.ema_scope():
+    with _sampling(p.sd_model):
         p.init(p.all_prompts, p.all_seeds, p.all_subseeds)
         if state.job_count == -1:
             state.job_count = p.n_iter
@@ -699,7 +723,7 @@ def process_images_inner(p: Any) -> Processed:
             state.skipped = False
             if state.interrupted or state.stopping_generation:
                 break
-            sd_models.reload_model_weights()  # the refiner may have left another one
+            _load_checkpoint()  # the refiner may have left another one
             pictures = _sample_batch(p, n)
             if pictures is None:
                 break
@@ -844,10 +868,7 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
     ) -> Any:
         self.sampler = sd_samplers.create_sampler(self.sampler_name, self.sd_model)
         x = self.rng.next()
-        if self.scripts is not None:
-            self.scripts.process_before_every_sampling(
-                p=self, x=x, noise=x, c=conditioning, uc=unconditional_conditioning
-            )
+        x = self._noise_to_sample(x, x, conditioning, unconditional_conditioning)
         image_conditioning = self.txt2img_image_conditioning(x)
         samples = self.sampler.sample(
             self, x, conditioning, unconditional_conditioning, image_conditioning=image_conditioning
@@ -858,7 +879,7 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
         if self.latent_scale_mode is None:
             decoded = torch.stack(decode_latent_batch(self.sd_model, samples, check_for_nans=True))
         with sd_models.SkipWritingToConfig():
-            sd_models.reload_model_weights(info=self.hr_checkpoint_info)
+            _load_checkpoint(self.hr_checkpoint_info)
         return self.sample_hr_pass(samples, decoded, seeds, subseeds, subseed_strength, prompts)
 
     def _enlarge(self, samples: torch.Tensor, decoded: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -917,7 +938,7 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
         sd_models.apply_token_merging(self.sd_model, self.get_token_merging_ratio(for_hr=True))
         if self.scripts is not None:
             self.scripts.before_hr(self)
-            self.scripts.process_before_every_sampling(p=self, x=samples, noise=noise, c=self.hr_c, uc=self.hr_uc)
+        noise = self._noise_to_sample(samples, noise, self.hr_c, self.hr_uc)
         samples = self.sampler.sample_img2img(
             self,
             samples,
@@ -1058,10 +1079,7 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
         if self.initial_noise_multiplier != 1.0:
             self.extra_generation_params["Noise multiplier"] = self.initial_noise_multiplier
             noise *= self.initial_noise_multiplier
-        if self.scripts is not None:
-            self.scripts.process_before_every_sampling(
-                p=self, x=self.init_latent, noise=noise, c=conditioning, uc=unconditional_conditioning
-            )
+        noise = self._noise_to_sample(self.init_latent, noise, conditioning, unconditional_conditioning)
         samples = self.sampler.sample_img2img(
             self,
             self.init_latent,

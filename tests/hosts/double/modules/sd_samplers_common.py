@@ -165,7 +165,7 @@ class Sampler:
         self.eta_default = 1.0
         self.s_min_uncond: float | None = None
         self.s_churn, self.s_tmin, self.s_tmax, self.s_noise = 0.0, 0.0, float("inf"), 1.0
-        self.conditioning_key = getattr(shared.sd_model.model, "conditioning_key", "crossattn")
+        self.conditioning_key = getattr(getattr(shared.sd_model, "model", None), "conditioning_key", "crossattn")
         self.p: Any = None
         self.model_wrap_cfg: Any = None
         self.model_wrap: Any = None

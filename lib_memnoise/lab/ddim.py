@@ -1,4 +1,4 @@
-"""Stable Diffusion's noise schedule, and DDIM with guidance as AUTOMATIC1111's WebUI walks it.
+"""DDIM with guidance, on the timesteps that AUTOMATIC1111's WebUI takes.
 
 Timesteps are those of the training schedule, 0…999. Latents are `(B, C, H, W)` with unit variance per element.
 """
@@ -8,29 +8,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-TRAINING_STEPS = 1000
+from lib_memnoise.core.schedule import TRAINING_STEPS, alpha_bar
 
 Predict = Callable[[Tensor, float], Tensor]
 """`predict(x, t)`: the prediction to follow at the latents x and timestep t, in the shape of x."""
-
-
-def alphas_cumprod() -> Tensor:
-    """ᾱ_t of SD's schedule ("scaled linear" betas), `(1000,)` in float64."""
-    betas = np.linspace(0.00085**0.5, 0.012**0.5, TRAINING_STEPS) ** 2
-    return torch.from_numpy(np.cumprod(1.0 - betas))
-
-
-ALPHAS_CUMPROD = alphas_cumprod()
-_ALPHA_BARS = ALPHAS_CUMPROD.tolist()
-
-
-def alpha_bar(t: int) -> float:
-    """ᾱ_t: the share of the clean picture's variance in x_t."""
-    return float(_ALPHA_BARS[t])
 
 
 def ddim_timesteps(steps: int) -> list[int]:
