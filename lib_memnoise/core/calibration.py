@@ -199,12 +199,12 @@ def make(key: Key, scores: Iterable[float], source: str | None = None) -> Calibr
     Raises:
         BadCalibration: there are too few, or some are no positive numbers.
     """
-    found = tuple(sorted(float(score) for score in scores))
-    if len(found) < FEWEST:
-        raise BadCalibration(f"a calibration needs at least {FEWEST} scores, not {len(found)}")
-    if not all(math.isfinite(score) and score > 0 for score in found):
+    ordered = tuple(sorted(float(score) for score in scores))
+    if len(ordered) < FEWEST:
+        raise BadCalibration(f"a calibration needs at least {FEWEST} scores, not {len(ordered)}")
+    if not all(math.isfinite(score) and score > 0 for score in ordered):
         raise BadCalibration("a score is not a positive number")
-    return Calibration(key, found, source)
+    return Calibration(key, ordered, source)
 
 
 def from_document(document: Any) -> Calibration:
@@ -231,8 +231,8 @@ def from_document(document: Any) -> Calibration:
 def distinct(prompts: Iterable[str], most: int) -> list[str]:
     """The different ones among prompts that are not blank, in their order; where there are more than `most`, so many
     of them at even distances."""
-    found = list(dict.fromkeys(text for text in (prompt.strip() for prompt in prompts) if text))
-    return found if len(found) <= most else [found[k * len(found) // most] for k in range(most)]
+    unique = list(dict.fromkeys(text for text in (prompt.strip() for prompt in prompts) if text))
+    return unique if len(unique) <= most else [unique[k * len(unique) // most] for k in range(most)]
 
 
 SUBJECTS = (
@@ -259,10 +259,10 @@ def ordinary_prompts(count: int = ORDINARY) -> list[str]:
     """Prompts that hardly stand under pictures of a training set: every one is a combination of its own."""
     if count > len(SUBJECTS) * len(PLACES) * len(STYLES):
         raise ValueError(f"there are no {count} ordinary prompts")
-    found = []
+    prompts = []
     for k in range(count):
         turn, subject = divmod(k, len(SUBJECTS))
         place = (subject + 3 * turn) % len(PLACES)
         style = (subject // len(PLACES) + 5 * turn + turn // len(STYLES)) % len(STYLES)
-        found.append(f"{SUBJECTS[subject]} {PLACES[place]}{STYLES[style]}")
-    return found
+        prompts.append(f"{SUBJECTS[subject]} {PLACES[place]}{STYLES[style]}")
+    return prompts

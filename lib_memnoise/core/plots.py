@@ -24,11 +24,11 @@ def curves(trace: Mapping[str, Any]) -> Iterator[tuple[int, str, list[Mapping[st
 
 def marks(trace: Mapping[str, Any]) -> list[tuple[float, str]]:
     """Timesteps to mark: τ, and each image's own transition point."""
-    found = {(float(image["tau"]), "τ") for image in trace["images"] if image["tau"] is not None}
+    marked = {(float(image["tau"]), "τ") for image in trace["images"] if image["tau"] is not None}
     for number, image in enumerate(trace["images"], 1):
         if image["transition"] is not None:
-            found.add((float(image["transition"]), f"transition point, image {number}"))
-    return sorted(found, reverse=True)
+            marked.add((float(image["transition"]), f"transition point, image {number}"))
+    return sorted(marked, reverse=True)
 
 
 def chart(trace: Mapping[str, Any]) -> Any:

@@ -99,7 +99,7 @@ class Generation:
     remarks: list[str] = field(default_factory=list)
     """Notes for all images."""
     trace_id: str | None = None
-    """By which the traces of its images are found."""
+    """The name that the traces of its images are stored under."""
     images: dict[tuple[int, int], ImageReport] = field(default_factory=dict)
     looks_at_first: bool = False
     """‖Δ‖ of the first step is wanted of every image, also where guidance is off and nothing is traced."""

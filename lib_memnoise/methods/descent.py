@@ -120,9 +120,9 @@ def descend(
 
         # `optim.zero_grad(); loss.backward(); optim.step()`
         with torch.enable_grad():
-            found = gradients(current[going], [variables[running[k]] for k in going])
+            slopes = gradients(current[going], [variables[running[k]] for k in going])
         optim.zero_grad()
-        for k, gradient in zip(going, found):
+        for k, gradient in zip(going, slopes):
             if bool(torch.isfinite(gradient).all()):
                 variables[running[k]].grad = gradient
         optim.step()

@@ -98,7 +98,7 @@ def adjust(
         # ‖ε̃_θ(x_T, T, y)‖₂
         return magnitude(select(delta, images)(torch.stack(latents)).to(start.dtype))
 
-    found = descend(
+    descent = descend(
         list(start),
         loss,
         optimiser=lambda latents: (
@@ -111,7 +111,9 @@ def adjust(
         tell=tell,
         patience=patience,
     )
-    return Adjusted(torch.stack(found.best), found.steps, found.before, found.after, found.reached, found.hopeless)
+    return Adjusted(
+        torch.stack(descent.best), descent.steps, descent.before, descent.after, descent.reached, descent.hopeless
+    )
 
 
 def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:

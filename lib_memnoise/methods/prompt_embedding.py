@@ -59,7 +59,7 @@ def adjust(
         held = [_held(value, fixed) for value in vectors]
         return magnitude(delta_of(held, images).to(x.dtype))
 
-    found = descend(
+    descent = descend(
         [value.to(x.dtype) for value in delta.vectors],
         loss,
         optimiser=lambda vectors: torch.optim.AdamW(vectors, lr=lr, weight_decay=weight_decay),
@@ -68,7 +68,7 @@ def adjust(
         tell=tell,
         patience=patience,
     )
-    return Adjusted(found.best, found.steps, found.before, found.after, found.reached, found.hopeless)
+    return Adjusted(descent.best, descent.steps, descent.before, descent.after, descent.reached, descent.hopeless)
 
 
 def _held(vectors: Tensor, fixed: Sequence[int]) -> Tensor:

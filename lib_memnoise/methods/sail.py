@@ -80,7 +80,7 @@ def adjust(
     left = list(range(len(start)))
     for attempt in range(redraws + 1):
         noise = start if attempt == 0 else torch.stack([context.noise(start, i, attempt) for i in range(len(start))])
-        found = descend(
+        descent = descend(
             [noise[i] for i in left],
             loss_of(left),
             optimiser=lambda latents: torch.optim.Adam(latents, lr=lr),
@@ -90,13 +90,13 @@ def adjust(
             patience=patience,
         )
         for k, image in enumerate(left):
-            result.steps[image] += found.steps[k]
+            result.steps[image] += descent.steps[k]
             result.drawn[image] = attempt
             if attempt == 0:
-                result.before[image] = found.before[k]
-            if not found.after[k] >= result.after[image]:
-                result.x[image], result.after[image] = found.best[k], found.after[k]
-            result.reached[image] = found.reached[k]
+                result.before[image] = descent.before[k]
+            if not descent.after[k] >= result.after[image]:
+                result.x[image], result.after[image] = descent.best[k], descent.after[k]
+            result.reached[image] = descent.reached[k]
         left = [image for image in left if not result.reached[image]]
         if not left:
             break

@@ -362,8 +362,8 @@ class Guider(abc.ABC):
             if not guided:
                 self._given[last] = out[k]
                 s = start.opposite
-                found = self.opposite(image, outs[at], out[k], s) if s else self.unguided(image, out[k])
-                self._given.update(zip(own, found))
+                prompt_rows = self.opposite(image, outs[at], out[k], s) if s else self.unguided(image, out[k])
+                self._given.update(zip(own, prompt_rows))
                 continue
             self.reports[image].transition = transition_point(start.curve)
             self._off.discard(image)

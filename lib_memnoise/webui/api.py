@@ -104,10 +104,10 @@ def peak_memory() -> Any:
 
 def trace(name: str) -> Any:
     """`GET /memnoise/v1/trace/{name}`."""
-    found = STORE.get(name)
-    if found is None:
+    document = STORE.get(name)
+    if document is None:
         raise Refusal(f"memnoise: there is no trace {echo(name, 40)} (any more).", 404)
-    return found
+    return document
 
 
 ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (

@@ -59,13 +59,13 @@ def parse(body: Any) -> tuple[Request, str, list[str]]:
         raise BadRequest(f"memnoise: source = {source} {rule}.")
     notes: list[str] = []
     if source == "recent":
-        found = recent_prompts.prompts(MOST_RECENT)
-        notes = found.notes()
-        if len(found.prompts) < calibration.FEWEST:
+        recent = recent_prompts.prompts(MOST_RECENT)
+        notes = recent.notes()
+        if len(recent.prompts) < calibration.FEWEST:
             raise BadRequest(
                 f"memnoise: to calibrate it takes {calibration.FEWEST} different prompts; " + "; ".join(notes) + "."
             )
-        given["prompts"] = found.prompts
+        given["prompts"] = recent.prompts
     elif source == "built-in":
         given["prompts"] = ordinary_prompts()
     return (

@@ -174,8 +174,8 @@ def generated(
         setattr(p, session.LOOKS, True)
         p.script_args = [True, settings, *[None] * (len(SLOTS) - 2)]
         with no_prompt_history():
-            found = processing.process_images(p).images
-        return list(found[-len(seeds) :]), getattr(p, session.GENERATION, None), None
+            pictures = processing.process_images(p).images
+        return list(pictures[-len(seeds) :]), getattr(p, session.GENERATION, None), None
     except Exception as error:
         errors.report("memnoise: a method of the comparison failed", exc_info=True)
         return [], getattr(p, session.GENERATION, None), str(error).strip().split("\n")[0] or type(error).__name__

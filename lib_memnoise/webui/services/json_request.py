@@ -107,9 +107,9 @@ def text(name: str, value: Any, rule: str = "a text") -> str:
 
 def prompt(name: str, value: Any, rule: str = "a text") -> str:
     """A text that the host can read in its time."""
-    found = text(name, value, rule)
+    checked = text(name, value, rule)
     depth = nested = 0
-    plain = re.sub(r"\\.", "", found)
+    plain = re.sub(r"\\.", "", checked)
     for bracket in re.findall(r"[][()]", plain):
         depth = max(depth + (1 if bracket in "([" else -1), 0)
         nested = max(nested, depth)
@@ -117,15 +117,15 @@ def prompt(name: str, value: Any, rule: str = "a text") -> str:
         raise BadRequest(f"memnoise: {name} has {nested} brackets within one another; it may have {MOST_NESTED}.")
     if plain.count("[") > MOST_SQUARE:
         raise BadRequest(f"memnoise: {name} has {plain.count('[')} square brackets; it may have {MOST_SQUARE}.")
-    return found
+    return checked
 
 
 def prompts(name: str, value: Any) -> tuple[str, ...]:
     rule = "a text or a list of texts"
     need(value not in ([], ()), name, value, f"{rule}, at least one")
-    found = tuple(prompt(name, one, rule) for one in listed(value))
-    need(all(one.strip() for one in found), name, value, f"{rule} that are not empty: an empty prompt has no score")
-    return found
+    texts = tuple(prompt(name, one, rule) for one in listed(value))
+    need(all(one.strip() for one in texts), name, value, f"{rule} that are not empty: an empty prompt has no score")
+    return texts
 
 
 def listed(value: Any) -> list[Any]:
@@ -181,16 +181,16 @@ def scheduler(name: str, value: Any) -> str:
 
 def styles(name: str, value: Any) -> tuple[str, ...]:
     """Names of the host's saved styles; it would ignore others."""
-    found = tuple(text(name, one, "a text or a list of texts") for one in listed(value))
+    names = tuple(text(name, one, "a text or a list of texts") for one in listed(value))
     saved = getattr(getattr(shared, "prompt_styles", None), "styles", None)
     if saved is None:
-        return found
-    for one in found:
+        return names
+    for one in names:
         if saved:
             one_of(name, one, {style: style for style in saved})
         else:
             need(False, name, one, "empty, for no styles are saved in this WebUI")
-    return found
+    return names
 
 
 def one_of(name: str, value: Any, known: Mapping[str, str]) -> str:

@@ -113,13 +113,13 @@ class Page:
         )
 
     def _connect_buttons(self) -> None:
-        names, found = tuple(self.inputs), list(self.inputs.values())
+        names, components = tuple(self.inputs), list(self.inputs.values())
         more = {"source": self.source, "captions": self.captions}
         for button, run, own in ((self.check, checked, {}), (self.calibrate, calibrated, more)):
             function = call_queue.wrap_gradio_gpu_call(answering(run, (*names, *own)), extra_outputs=[gr.update()])
             button.click(
                 fn=function,
-                inputs=[self.task, *found, *own.values()],
+                inputs=[self.task, *components, *own.values()],
                 outputs=[self.words, self.verdict],
                 show_progress=False,
                 **{JS: "memnoiseTask"},
@@ -127,7 +127,7 @@ class Page:
         function = call_queue.wrap_gradio_gpu_call(comparing(names), extra_outputs=[gr.update()])
         self.compare.click(
             fn=function,
-            inputs=[self.task, self.methods, self.reference, *found],
+            inputs=[self.task, self.methods, self.reference, *components],
             outputs=[self.grid, self.verdict],
             show_progress=False,
             **{JS: "memnoiseTask"},
@@ -213,9 +213,9 @@ def first_seed(value: Any) -> int:
 def checked(given: dict[str, Any]) -> Answer:
     """Scores of the batch that Generate would make, as a table, and the words that they come from."""
     answer = scoring.answer(json_request.parse({**seeded(given), "words": True}))
-    found = answer["images"]
-    significance = [sum(image["words"][k][1] for image in found) / len(found) for k in range(len(found[0]["words"]))]
-    words = [(f"{word} ", size) for (word, _), size in zip(found[0]["words"], significance)]
+    scored = answer["images"]
+    significance = [sum(image["words"][k][1] for image in scored) / len(scored) for k in range(len(scored[0]["words"]))]
+    words = [(f"{word} ", size) for (word, _), size in zip(scored[0]["words"], significance)]
     return words, table(answer)
 
 
