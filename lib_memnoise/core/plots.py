@@ -92,9 +92,9 @@ def figure(trace: Mapping[str, Any]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(drawn)
-    axes = drawn.add_subplot()
+    plot = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(plot)
+    axes = plot.add_subplot()
     for number, noise, points in curves(trace):
         axes.plot(
             [point["t"] for point in points],
@@ -112,7 +112,7 @@ def figure(trace: Mapping[str, Any]) -> Any:
     axes.invert_xaxis()
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    return drawn
+    return plot
 
 
 def png(trace: Mapping[str, Any]) -> bytes:

@@ -56,8 +56,8 @@ class ImageReport:
     transition: float | None = None
     """Where guidance started at the image's own transition point: its timestep."""
     trace: list[TracePoint] = field(default_factory=list)
-    drawn: list[TracePoint] = field(default_factory=list)
-    """The trace of the same noise as drawn, if it was asked for."""
+    baseline: list[TracePoint] = field(default_factory=list)
+    """The trace of the noise as drawn, sampled without adjustment; empty unless the settings want it."""
     hires: ImageReport | None = None
     """What happened in the second pass of hires fix, of a first pass's report; None: that is not adjusted."""
 

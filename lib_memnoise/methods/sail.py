@@ -24,7 +24,7 @@ class Adjusted(NamedTuple):
     before: Tensor
     after: Tensor
     reached: Tensor
-    drawn: Tensor
+    redraws: Tensor
 
 
 def adjust(
@@ -91,7 +91,7 @@ def adjust(
         )
         for k, image in enumerate(left):
             result.steps[image] += descent.steps[k]
-            result.drawn[image] = attempt
+            result.redraws[image] = attempt
             if attempt == 0:
                 result.before[image] = descent.before[k]
             if not descent.after[k] >= result.after[image]:
@@ -117,11 +117,11 @@ def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: Batch
     # An image none of whose noises had a loss has no adjusted noise either.
     latents = result.x.masked_fill(~per_image(torch.isfinite(result.after)), float("nan"))
     outcome = Outcome(latents, steps=result.steps, used={"lr": settings.lr, "alpha": settings.alpha, "target": used})
-    for image, (reached, drawn) in enumerate(zip(result.reached.tolist(), result.drawn.tolist())):
+    for image, (reached, redraws) in enumerate(zip(result.reached.tolist(), result.redraws.tolist())):
         if not reached:
             outcome.notes.setdefault(image, []).append(
-                f"the target was not reached with {drawn + 1} noises and the best one was kept"
+                f"the target was not reached with {redraws + 1} noises and the best one was kept"
             )
-        elif drawn:
-            outcome.notes.setdefault(image, []).append(f"noise {drawn} drawn anew reached the target")
+        elif redraws:
+            outcome.notes.setdefault(image, []).append(f"noise {redraws} drawn anew reached the target")
     return outcome

@@ -152,7 +152,7 @@ def compare(request: Request, chosen: list[dict[str, Any]], reference: Image.Ima
         if stopped:
             raise Stopped("memnoise: interrupted.")
         raise BadRequest(f"memnoise: no picture could be generated: {cells[0].failed}.")
-    return Compared(drawn(rows, cells, chosen, seeds), cells, stopped)
+    return Compared(render_grid(rows, cells, chosen, seeds), cells, stopped)
 
 
 def was_cut_short(done: bool, failed: str | None) -> bool:
@@ -208,7 +208,7 @@ def tensor(pictures: list[Image.Image]) -> Tensor:
     ).float() / 255  # fmt: skip
 
 
-def drawn(
+def render_grid(
     rows: list[list[Image.Image]], cells: list[Cell], chosen: list[dict[str, Any]], seeds: list[int]
 ) -> Image.Image:
     """The grid: a row for each method, a column for each seed, numbers under every picture."""
@@ -221,7 +221,7 @@ def drawn(
         [label(settings) for settings in chosen[: len(rows)]],
         images.get_font,
     )
-    return sheet.drawn(
+    return sheet.render(
         laid, rows, background=getattr(shared.opts, "grid_background_color", "#ffffff"),
         ink=getattr(shared.opts, "grid_text_active_color", "#000000"),
     )  # fmt: skip

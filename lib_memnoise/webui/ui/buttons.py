@@ -280,5 +280,5 @@ def plotted(name: Any) -> Any:
         return gr.update(value=None, visible=False)
     from lib_memnoise.core import plots
 
-    drawn = plots.chart(trace)
-    return gr.update(value=drawn, visible=drawn is not None)
+    chart = plots.chart(trace)
+    return gr.update(value=chart, visible=chart is not None)
