@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, magnitude, per_image, select, working_precision
-from lib_memnoise.core.progress import part
+from lib_memnoise.core.progress import part_of_progress
 from lib_memnoise.methods.batch import BatchContext, Outcome, aimed
 from lib_memnoise.methods.descent import PATIENCE, descend
 from lib_memnoise.settings import ResolvedSettings
@@ -86,7 +86,9 @@ def adjust(
             optimiser=lambda latents: torch.optim.Adam(latents, lr=lr),
             target=target,
             max_steps=max_steps,
-            tell=part(lambda own: context.tell(replace(own, what="loss")), attempt, redraws + 1),
+            on_progress=part_of_progress(
+                lambda own: context.on_progress(replace(own, what="loss")), attempt, redraws + 1
+            ),
             patience=patience,
         )
         for k, image in enumerate(left):

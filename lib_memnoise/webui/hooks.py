@@ -169,7 +169,7 @@ def adjust(current: SamplingPass, generation: Generation) -> Adjusted:
                 compare(current, predictor, resolved)
 
         with contextlib.ExitStack() as progress:
-            context = replace(current.context(predictor), tell=progress.enter_context(shown(generation)))
+            context = replace(current.context(predictor), on_progress=progress.enter_context(shown(generation)))
             mitigated = adjusting.mitigated(current, predictor, resolved, context, on_outcome)
     return Adjusted(mitigated, resolved, pinned, predictor, override)
 

@@ -109,7 +109,11 @@ class Page:
         if self.has_buttons:
             self._connect_buttons()
         made.component.change(
-            fn=told, inputs=[made.component], outputs=[self.plot, self.failed], show_progress=False, queue=False
+            fn=generation_outputs,
+            inputs=[made.component],
+            outputs=[self.plot, self.failed],
+            show_progress=False,
+            queue=False,
         )
 
     def _connect_buttons(self) -> None:
@@ -183,11 +187,14 @@ def comparing(names: Sequence[str]) -> Callable[..., list[Any]]:
                 info=f"{wanted[0].prompts[0]}\nSteps: {wanted[0].steps}, Sampler: {wanted[0].sampler_name}, "
                 f"CFG scale: {wanted[0].cfg_scale:g}, Seed: {result.cells[0].seed}, Script: Memnoise comparison",
             )  # fmt: skip
-        told = [
+        sentences = [
             f"{METHODS[cell.method].label}, seed {cell.seed}: {cell.failed}" for cell in result.cells if cell.failed
         ]
-        told += ["Interrupted: the other methods are missing"] if result.stopped else []
-        return [gr.update(value=result.grid, visible=True), "".join(f"<p>{html.escape(text)}.</p>" for text in told)]
+        sentences += ["Interrupted: the other methods are missing"] if result.stopped else []
+        return [
+            gr.update(value=result.grid, visible=True),
+            "".join(f"<p>{html.escape(text)}.</p>" for text in sentences),
+        ]
 
     return answer
 
@@ -262,7 +269,7 @@ def calibrated(given: dict[str, Any]) -> Answer:
     )
 
 
-def told(info: str) -> list[Any]:
+def generation_outputs(info: str) -> list[Any]:
     """What the page shows of a finished request: the trace's plot, if there is one, and why cells of a plot failed."""
     try:
         params = json.loads(info)["extra_generation_params"]
