@@ -100,7 +100,8 @@ class Promise:
     parameters k and n + 1 − k.
     """
 
-    asked: float
+    rate: float
+    """The share that was wanted."""
     expected: float
     """The distribution's mean, k / (n + 1)."""
     low: float
@@ -112,15 +113,15 @@ class Promise:
     @property
     def is_kept(self) -> bool:
         """Whether so few prompts can tell the rate that was asked for."""
-        return self.expected <= self.asked * (1 + 1e-9)
+        return self.expected <= self.rate * (1 + 1e-9)
 
     def __str__(self) -> str:
         said = (
-            f"{self.asked * 100:.3g} % false positives asked; with {self.count} prompts 95 %: {percent(self.low)} to "
+            f"{self.rate * 100:.3g} % false positives asked; with {self.count} prompts 95 %: {percent(self.low)} to "
             f"{percent(self.high)}"
         )
         if not self.is_kept:
-            needed = math.ceil(1 / self.asked - 1e-9) - 1
+            needed = math.ceil(1 / self.rate - 1e-9) - 1
             said += f"; so few prompts cannot promise less than {percent(self.expected)}, it takes {needed}"
         return said
 
@@ -193,7 +194,7 @@ class Calibration:
         return {"format": FORMAT, **asdict(self.key), "source": self.source, "scores": list(self.scores)}
 
 
-def make(key: Key, scores: Iterable[float], source: str | None = None) -> Calibration:
+def make_calibration(key: Key, scores: Iterable[float], source: str | None = None) -> Calibration:
     """A calibration of scores in any order.
 
     Raises:
@@ -225,7 +226,7 @@ def from_document(document: Any) -> Calibration:
     source = document.get("source")
     if source is not None and (not isinstance(source, str) or source not in SOURCES):
         raise BadCalibration(f"its source is {source!r}")
-    return make(Key(**{name: document[name] for name in kinds}), scores, source)
+    return make_calibration(Key(**{name: document[name] for name in kinds}), scores, source)
 
 
 def distinct(prompts: Iterable[str], most: int) -> list[str]:

@@ -101,7 +101,7 @@ def aimed(settings: ResolvedSettings, factor: float) -> tuple[float | Callable[[
     return value * factor, value * factor
 
 
-class Ended(Protocol):
+class DescentResult(Protocol):
     """How the descents of a batch ended, `(B,)` each."""
 
     @property
@@ -114,11 +114,11 @@ class Ended(Protocol):
     def steps(self) -> Tensor: ...
 
 
-def missed(ended: Ended, what: str, most: int) -> dict[int, list[str]]:
+def missed(result: DescentResult, what: str, most: int) -> dict[int, list[str]]:
     """A note for each image that has not reached its target."""
     notes = {}
     for image, (ok, far, taken) in enumerate(
-        zip(ended.reached.tolist(), ended.hopeless.tolist(), ended.steps.tolist())
+        zip(result.reached.tolist(), result.hopeless.tolist(), result.steps.tolist())
     ):
         if not ok:
             why = f", too slowly to reach it in {most}," if far else ""

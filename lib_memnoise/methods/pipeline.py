@@ -226,11 +226,11 @@ def mitigate(
 
     if METHODS[settings.method].needs_gradient and not only_measures(settings):
         # With a gradient, what is known of the score is of no use.
-        asked, chosen = delta, with_gradient or runner
+        scored, method_runner = delta, with_gradient or runner
     else:
-        asked, chosen = delta if choice is None else Scored(delta, choice.known), runner
+        scored, method_runner = delta if choice is None else Scored(delta, choice.known), runner
     every = len(images) == len(x)
-    outcome = chosen(x, asked, context) if every else run_some(images, x, asked, context, chosen)
+    outcome = method_runner(x, scored, context) if every else run_some(images, x, scored, context, method_runner)
     on_outcome(outcome)
     starts = starts_of(reports, settings, context.first, guidance)
     fill_reports(reports, outcome)

@@ -20,7 +20,7 @@ CONSOLE_DELAY = 1.0
 
 
 @contextlib.contextmanager
-def shown(generation: Generation) -> Iterator[OnProgress]:
+def show_progress(generation: Generation) -> Iterator[OnProgress]:
     """Gives what an adjustment tells its progress to.
 
     The host counts sampling steps from 0 when it begins to sample, and works out the time left from the time since the
@@ -53,7 +53,7 @@ def shown(generation: Generation) -> Iterator[OnProgress]:
 
 
 def count_time(generation: Generation) -> None:
-    """What `shown` left out of the time since the job began is put back."""
+    """What `show_progress` left out of the time since the job began is put back."""
     if generation.left_out:
         shared.state.time_start -= generation.left_out
         generation.left_out = 0.0

@@ -239,7 +239,7 @@ def caption(cell: Cell) -> list[str]:
     return [text for text in numbers if text]
 
 
-def answer(request: Request, chosen: list[dict[str, Any]], reference: Image.Image | None) -> dict[str, Any]:
+def compare_as_json(request: Request, chosen: list[dict[str, Any]], reference: Image.Image | None) -> dict[str, Any]:
     """`compare`, as JSON."""
     result = compare(request, chosen, reference)
     return {

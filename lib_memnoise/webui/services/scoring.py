@@ -49,7 +49,7 @@ REFUSALS = (BadRequest, Stopped, Unsupported, calibration.BadCalibration)
 """What may come of a request but an answer."""
 
 
-def said(refusal: Exception) -> str:
+def sentence_of(refusal: Exception) -> str:
     """One of `REFUSALS` in a sentence."""
     return str(refusal) if isinstance(refusal, (BadRequest, Stopped)) else f"memnoise: {refusal}."
 
@@ -239,7 +239,7 @@ def calibrate(request: Request, source: str = "built-in") -> tuple[Calibration, 
             scored_images += [
                 scored for prompt, seed in zip(part, seeds) for scored in run_probe(request, [prompt], [seed])
             ]
-    made = calibration.make(
+    made = calibration.make_calibration(
         calibrations.key(detect(), scored_images[0].timestep, request.width, request.height),
         [scored.score for scored in scored_images],
         source,
@@ -278,7 +278,7 @@ def verdict(score: float, rate: float, known: Calibration | None) -> str:
     return "ordinary" if known.percentile(score) <= 90 else "ordinary, among the higher scores"
 
 
-def answer(request: Request, rate: float = RATE) -> dict[str, Any]:
+def score_as_json(request: Request, rate: float = RATE) -> dict[str, Any]:
     """`score`, with what the calibration says of it, as JSON. Without a calibration there is no verdict."""
     scored_images = score(request)
     known, notes = calibrations.serving(detect(), scored_images[0].timestep, request.width, request.height)

@@ -163,7 +163,7 @@ def as_sent(upload: Any) -> Any:
 
 def refused(error: Exception) -> str:
     """One of `scoring.REFUSALS` as HTML."""
-    return f"<div class='error'>{html.escape(scoring.said(error))}</div>"
+    return f"<div class='error'>{html.escape(scoring.sentence_of(error))}</div>"
 
 
 def comparing(names: Sequence[str]) -> Callable[..., list[Any]]:
@@ -219,7 +219,7 @@ def first_seed(value: Any) -> int:
 
 def checked(given: dict[str, Any]) -> Answer:
     """Scores of the batch that Generate would make, as a table, and the words that they come from."""
-    answer = scoring.answer(json_request.parse({**seeded(given), "words": True}))
+    answer = scoring.score_as_json(json_request.parse({**seeded(given), "words": True}))
     scored = answer["images"]
     significance = [sum(image["words"][k][1] for image in scored) / len(scored) for k in range(len(scored[0]["words"]))]
     words = [(f"{word} ", size) for (word, _), size in zip(scored[0]["words"], significance)]
@@ -259,7 +259,7 @@ def calibrated(given: dict[str, Any]) -> Answer:
     source = next(name for name, label in SOURCE_LABELS.items() if label == given["source"])
     if source == "own":
         body["prompts"] = distinct((given["captions"] or "").splitlines(), MOST)
-    made = calibrating.answer(*calibrating.parse({**body, "source": source}))
+    made = calibrating.calibrate_as_json(*calibrating.parse({**body, "source": source}))
     notes = "".join(f"<p>{html.escape(note[:1].upper() + note[1:])}.</p>" for note in made["notes"])
     return [], (
         f"<p>Calibrated at {made['width']}x{made['height']}: {made['text']} score {made['lowest']:.4g} to "
