@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lib_memnoise.core.progress import Progress, Tell, untold
+from lib_memnoise.core.progress import OnProgress, Progress, ignore_progress
 
 LOSS_SCALE = 1024.0
 """Keeps gradients inside a half-precision network above its smallest numbers. A power of two: dividing it out
@@ -60,7 +60,7 @@ def descend(
     optimiser: Callable[[list[Tensor]], torch.optim.Optimizer],
     target: float | Callable[[Tensor], Tensor],
     max_steps: int,
-    tell: Tell = untold,
+    on_progress: OnProgress = ignore_progress,
     patience: int | None = None,
 ) -> Descent:
     """Minimise each image's loss over its variable until it is below the target (the loop of Figure 7).
@@ -72,7 +72,7 @@ def descend(
         target: an image stops as soon as its loss < target. A function is given the first losses `(B,)` and returns a
             target for each.
         max_steps: the most optimiser steps an image takes.
-        tell: is told of every evaluation.
+        on_progress: is told of every evaluation.
         patience: an image ends as well where, at the pace of the last so many steps, all that are left would not
             bring it below `FAR` times its target. None: it takes them all; so it does if the target is 0.
 
@@ -114,15 +114,15 @@ def descend(
             far = is_far(lowest[step - patience], after, targets, patience, max_steps - step)[running]
             hopeless[running] = far & ~below
         going = [k for k, go in enumerate((~below & torch.isfinite(value) & ~hopeless[running]).tolist()) if go]
-        tell(_progress(step, max_steps, value[going], targets[running][going]))
+        on_progress(_progress(step, max_steps, value[going], targets[running][going]))
         if step == max_steps or not going:
             break
 
         # `optim.zero_grad(); loss.backward(); optim.step()`
         with torch.enable_grad():
-            found = gradients(current[going], [variables[running[k]] for k in going])
+            slopes = gradients(current[going], [variables[running[k]] for k in going])
         optim.zero_grad()
-        for k, gradient in zip(going, found):
+        for k, gradient in zip(going, slopes):
             if bool(torch.isfinite(gradient).all()):
                 variables[running[k]].grad = gradient
         optim.step()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, magnitude, select, working_precision
-from lib_memnoise.core.progress import Tell, untold
+from lib_memnoise.core.progress import OnProgress, ignore_progress
 from lib_memnoise.methods.batch import BatchContext, Outcome, aimed, missed
 from lib_memnoise.methods.descent import PATIENCE, descend
 from lib_memnoise.settings import ResolvedSettings
@@ -62,7 +62,7 @@ def adjust(
     max_steps: int,
     weight_decay: float = 0.01,
     rule: str = "adamw",
-    tell: Tell = untold,
+    on_progress: OnProgress = ignore_progress,
     patience: int | None = None,
 ) -> Adjusted:
     """Minimise ‖Δ(x, T)‖₂ of every image over its initial latent, with AdamW (Figure 7).
@@ -78,7 +78,7 @@ def adjust(
         max_steps: the most optimiser steps an image takes.
         weight_decay: AdamW's, 0.01 as in the paper; it keeps ‖x̃_T‖ near √d (Appendix C).
         rule: "adamw", or "sphere" for `SphereSteps` instead, which knows no decay.
-        tell: is told of every evaluation.
+        on_progress: is told of every evaluation.
         patience: see `descent.descend`; None, as in the paper: an image takes all steps if it does not get there.
 
     Returns:
@@ -98,7 +98,7 @@ def adjust(
         # ‖ε̃_θ(x_T, T, y)‖₂
         return magnitude(select(delta, images)(torch.stack(latents)).to(start.dtype))
 
-    found = descend(
+    descent = descend(
         list(start),
         loss,
         optimiser=lambda latents: (
@@ -108,10 +108,12 @@ def adjust(
         ),
         target=target,
         max_steps=max_steps,
-        tell=tell,
+        on_progress=on_progress,
         patience=patience,
     )
-    return Adjusted(torch.stack(found.best), found.steps, found.before, found.after, found.reached, found.hopeless)
+    return Adjusted(
+        torch.stack(descent.best), descent.steps, descent.before, descent.after, descent.reached, descent.hopeless
+    )
 
 
 def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
@@ -126,7 +128,7 @@ def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: Batch
         max_steps=settings.max_steps,
         weight_decay=settings.weight_decay,
         rule=settings.rule,
-        tell=context.tell,
+        on_progress=context.on_progress,
         patience=PATIENCE,
     )
     return Outcome(
