@@ -21,7 +21,7 @@ from lib_memnoise.core.calibration import (
     beta_quantile,
     distinct,
     from_document,
-    make,
+    make_calibration,
     ordinary_prompts,
 )
 from lib_memnoise.core.calibration_store import CalibrationStore
@@ -33,7 +33,7 @@ positive = st.floats(0.01, 100)
 @given(st.lists(positive, min_size=20, max_size=60), st.floats(0.001, 0.5))
 def test_a_threshold_keeps_its_rate(scores: list[float], rate: float) -> None:
     """Of n + 1 exchangeable scores, the last is above the others' threshold in at most this share of orders."""
-    calibration = make(KEY, scores)
+    calibration = make_calibration(KEY, scores)
     above = sum(score > calibration.threshold(rate) for score in scores)
     assert above <= rate * (len(scores) + 1)
     assert calibration.threshold(rate) in calibration.scores
@@ -47,18 +47,18 @@ def test_a_quantile_is_scipys(n: int, k: int, probability: float) -> None:
 
 
 def test_what_a_threshold_promises() -> None:
-    promise = make(KEY, range(1, 121)).promise(0.01)
+    promise = make_calibration(KEY, range(1, 121)).promise(0.01)
     assert (promise.expected, promise.is_kept) == (1 / 121, True)
     assert str(promise) == "1 % false positives asked; with 120 prompts 95 %: 0.021 % to 3.0 %"
-    few = make(KEY, range(1, 21)).promise(0.01)
+    few = make_calibration(KEY, range(1, 21)).promise(0.01)
     assert not few.is_kept
     assert str(few).endswith("0.13 % to 17 %; so few prompts cannot promise less than 4.8 %, it takes 99")
-    assert make(KEY, range(1, 100)).promise(0.01).is_kept
+    assert make_calibration(KEY, range(1, 100)).promise(0.01).is_kept
 
 
 @given(st.integers(20, 250), st.sampled_from([0.001, 0.01, 0.05, 0.1, 0.5]))
 def test_a_promise_is_about_the_threshold(n: int, rate: float) -> None:
-    calibration = make(KEY, range(1, n + 1))
+    calibration = make_calibration(KEY, range(1, n + 1))
     promise = calibration.promise(rate)
     assert calibration.threshold(rate) == n + 1 - calibration.rank(rate)
     assert promise.expected == pytest.approx(calibration.rank(rate) / (n + 1))
@@ -71,30 +71,30 @@ def test_the_promise_is_kept() -> None:
     random = np.random.default_rng(1)
     inside = 0
     for _ in range(1000):
-        calibration = make(KEY, random.uniform(0.1, 1.1, 60))
+        calibration = make_calibration(KEY, random.uniform(0.1, 1.1, 60))
         promise = calibration.promise(0.05)
         inside += promise.low <= 1.1 - calibration.threshold(0.05) <= promise.high
     assert 930 <= inside <= 970
 
 
 def test_percentiles() -> None:
-    calibration = make(KEY, range(1, 101))
+    calibration = make_calibration(KEY, range(1, 101))
     assert [calibration.percentile(score) for score in (0.5, 1, 50.5, 100, 200)] == [0, 1, 50, 100, 100]
     assert calibration.threshold(0.01) == 100 and calibration.threshold(0.1) == 91
 
 
 def test_derived_settings() -> None:
-    numbers = make(KEY, [0.9] * 100).settings(1.0, 0.01)
+    numbers = make_calibration(KEY, [0.9] * 100).settings(1.0, 0.01)
     assert numbers == {"gamma": 0.7, "target": 0.9, "target_kind": "absolute", "threshold": 0.9}  # SD 1.4's
     # At half the side, ‖Δ‖ of the same quality is half as large, and the settings are at the reference size.
-    assert make(KEY, [0.45] * 100).settings(0.5, 0.01) == numbers
-    assert make(KEY, [1e-4] * 100).settings(1.0, 0.01)["gamma"] == 10
+    assert make_calibration(KEY, [0.45] * 100).settings(0.5, 0.01) == numbers
+    assert make_calibration(KEY, [1e-4] * 100).settings(1.0, 0.01)["gamma"] == 10
 
 
 @given(st.lists(positive, min_size=20, max_size=30))
 def test_documents_come_back(scores: list[float]) -> None:
     for source in ("built-in", "own", "recent", None):
-        calibration = make(KEY, scores, source)
+        calibration = make_calibration(KEY, scores, source)
         assert from_document(json.loads(json.dumps(calibration.document()))) == calibration
 
 
@@ -102,10 +102,10 @@ def test_older_documents_are_read() -> None:
     older = {name: value for name, value in GOOD.items() if name != "source"}
     calibration = from_document(older)
     assert calibration.source is None and str(calibration) == "30 prompts at timestep 981"
-    assert str(make(KEY, range(1, 31), "recent")) == "30 prompts of recent pictures at timestep 981"
+    assert str(make_calibration(KEY, range(1, 31), "recent")) == "30 prompts of recent pictures at timestep 981"
 
 
-GOOD = make(KEY, range(1, 31)).document()
+GOOD = make_calibration(KEY, range(1, 31)).document()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_names_are_for_files(checkpoint: str, side: int) -> None:
 def test_a_store(tmp_path: Path) -> None:
     store = CalibrationStore(tmp_path / "new" / "folder")
     assert store.load(KEY) == (None, None) and store.all() == []
-    calibration = make(KEY, range(1, 31))
+    calibration = make_calibration(KEY, range(1, 31))
     path = store.save(calibration)
     assert store.load(KEY) == (calibration, None) and store.all() == [calibration]
     assert [file.name for file in store.folder.iterdir()] == [path.name]
@@ -147,7 +147,7 @@ def test_the_nearest_serves(tmp_path: Path) -> None:
     assert store.nearest(KEY) == (None, [])
     others = at(951, width=576), at(951, checkpoint="abc124"), at(951, parameterization="v"), at(930, width=640)
     for key in (at(801), at(901), at(951), *others):
-        store.save(make(key, range(1, 31)))
+        store.save(make_calibration(key, range(1, 31)))
 
     def nearest(timestep: int, **other: Any) -> Key | None:
         found, problems = store.nearest(at(timestep, **other))
@@ -160,13 +160,13 @@ def test_the_nearest_serves(tmp_path: Path) -> None:
     assert nearest(LOWEST) == at(901) and nearest(LOWEST - 1) is None and nearest(801) == at(801)
     assert nearest(981, height=768) is None and nearest(981, width=576) == at(951, width=576)
     # One with the user's own prompts is better than a nearer one without.
-    store.save(make(at(901), range(1, 31), "own"))
+    store.save(make_calibration(at(901), range(1, 31), "own"))
     assert nearest(951) == at(901)
 
 
 def test_a_damaged_neighbour_is_said(tmp_path: Path) -> None:
     store = CalibrationStore(tmp_path)
-    store.save(make(KEY, range(1, 31)))
+    store.save(make_calibration(KEY, range(1, 31)))
     damaged = store.path(replace(KEY, timestep=951))
     damaged.write_text("{")
     (tmp_path / "abc123-512x512-eps-x.json").write_text("{")
@@ -184,14 +184,14 @@ def test_distinct_prompts() -> None:
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b"[]", b"[" * 100_000, json.dumps({"format": 1}).encode()])
 def test_damage_is_set_aside_and_said(tmp_path: Path, damage: bytes) -> None:
     store = CalibrationStore(tmp_path)
-    path = store.save(make(KEY, range(1, 31)))
+    path = store.save(make_calibration(KEY, range(1, 31)))
     path.write_bytes(damage)
     assert store.all() == []
     found, said = store.load(KEY)
     assert found is None and said is not None and path.name in said and "\n" not in said
     assert not path.exists() and len(list(tmp_path.iterdir())) == 1
     assert store.load(KEY) == (None, None)
-    store.save(make(KEY, range(1, 31)))
+    store.save(make_calibration(KEY, range(1, 31)))
     assert store.load(KEY)[0] is not None
 
 
@@ -200,7 +200,7 @@ def test_another_checkpoints_file(tmp_path: Path) -> None:
     store = CalibrationStore(tmp_path)
     one, other = (Key(name, 512, 512, "eps", 981) for name in ("a b", "a/b"))
     assert one.name == other.name
-    store.save(make(one, range(1, 31)))
+    store.save(make_calibration(one, range(1, 31)))
     found, said = store.load(other)
     assert found is None and said is not None and "another checkpoint" in said
 
@@ -208,7 +208,7 @@ def test_another_checkpoints_file(tmp_path: Path) -> None:
 def _save_and_load(folder: Path, shift: int) -> None:
     store = CalibrationStore(folder)
     for k in range(20):
-        store.save(make(KEY, np.arange(1, 401) + shift + k))
+        store.save(make_calibration(KEY, np.arange(1, 401) + shift + k))
         found, said = store.load(KEY)
         assert said is None and found is not None
 

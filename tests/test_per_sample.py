@@ -217,7 +217,7 @@ def test_a_hopeless_descent_is_given_up_and_others_are_not() -> None:
     fell = first - whole.after
     targets = torch.stack([first[0] - 0.9 * fell[0], 0.02 * first[1], whole.after[2] * 0.98])
     told: list[Progress] = []
-    result = adjust(x, delta, target=lambda _: targets, patience=20, tell=told.append, **slow)
+    result = adjust(x, delta, target=lambda _: targets, patience=20, on_progress=told.append, **slow)
     assert result.reached.tolist() == [True, False, False] and result.hopeless.tolist() == [False, True, False]
     # far from the target it ends as soon as there is a pace to go by, just short of it only with its last step
     assert result.steps[1] == 20 and result.steps[2] == 100 and 20 < result.steps[0] < 100
@@ -257,7 +257,7 @@ def test_the_product_gives_up_and_says_so() -> None:
 @pytest.mark.parametrize("way", [run, run_each])
 def test_progress_never_goes_back(given: dict[str, Any], most: int, unit: str, way: Any) -> None:
     told: list[Progress] = []
-    context = BatchContext("eps", seeds=[1, 2], tell=told.append)
+    context = BatchContext("eps", seeds=[1, 2], on_progress=told.append)
     way(noise(2), SmallDelta(), from_mapping(given).resolved("sd1"), context)
     assert {progress.most for progress in told} == {most * (2 if way is run_each else 1)}
     done = [progress.done for progress in told]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops, ImageFont
 
-from lib_memnoise.webui.services.sheet import Sheet, Text, drawn, lay_out, line_height, wrapped
+from lib_memnoise.webui.services.sheet import Sheet, Text, lay_out, line_height, render, wrapped
 
 FAILURE = (
     "not mitigated: another extension's functions in the network give a wrong gradient: 0.123 where the difference "
@@ -72,7 +72,7 @@ def test_what_is_drawn_is_where_it_was_laid_out() -> None:
     """Ink lies in the texts' places, and in each of them there is some."""
     made = sheet_of(64, 64, CAPTIONS["failure"], LABELS[1])
     picture = Image.new("RGB", (64, 64), "white")
-    sheet = drawn(made, [[picture] * 2] * 2, background="white", ink="black")
+    sheet = render(made, [[picture] * 2] * 2, background="white", ink="black")
     ink = ImageChops.invert(sheet.convert("L"))
     for text in made.texts:
         assert ink.crop(box(text)).getbbox() is not None

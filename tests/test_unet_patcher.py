@@ -1,4 +1,4 @@
-"""What a host that patches its U-Net is told, row by row; its own calls are seen only with `SD_WEBUI_DIR`."""
+"""What a host that patches its U-Net is told, row by row."""
 
 from __future__ import annotations
 

@@ -100,7 +100,8 @@ class Promise:
     parameters k and n + 1 − k.
     """
 
-    asked: float
+    rate: float
+    """The share that was wanted."""
     expected: float
     """The distribution's mean, k / (n + 1)."""
     low: float
@@ -112,15 +113,15 @@ class Promise:
     @property
     def is_kept(self) -> bool:
         """Whether so few prompts can tell the rate that was asked for."""
-        return self.expected <= self.asked * (1 + 1e-9)
+        return self.expected <= self.rate * (1 + 1e-9)
 
     def __str__(self) -> str:
         said = (
-            f"{self.asked * 100:.3g} % false positives asked; with {self.count} prompts 95 %: {percent(self.low)} to "
+            f"{self.rate * 100:.3g} % false positives asked; with {self.count} prompts 95 %: {percent(self.low)} to "
             f"{percent(self.high)}"
         )
         if not self.is_kept:
-            needed = math.ceil(1 / self.asked - 1e-9) - 1
+            needed = math.ceil(1 / self.rate - 1e-9) - 1
             said += f"; so few prompts cannot promise less than {percent(self.expected)}, it takes {needed}"
         return said
 
@@ -193,18 +194,18 @@ class Calibration:
         return {"format": FORMAT, **asdict(self.key), "source": self.source, "scores": list(self.scores)}
 
 
-def make(key: Key, scores: Iterable[float], source: str | None = None) -> Calibration:
+def make_calibration(key: Key, scores: Iterable[float], source: str | None = None) -> Calibration:
     """A calibration of scores in any order.
 
     Raises:
         BadCalibration: there are too few, or some are no positive numbers.
     """
-    found = tuple(sorted(float(score) for score in scores))
-    if len(found) < FEWEST:
-        raise BadCalibration(f"a calibration needs at least {FEWEST} scores, not {len(found)}")
-    if not all(math.isfinite(score) and score > 0 for score in found):
+    ordered = tuple(sorted(float(score) for score in scores))
+    if len(ordered) < FEWEST:
+        raise BadCalibration(f"a calibration needs at least {FEWEST} scores, not {len(ordered)}")
+    if not all(math.isfinite(score) and score > 0 for score in ordered):
         raise BadCalibration("a score is not a positive number")
-    return Calibration(key, found, source)
+    return Calibration(key, ordered, source)
 
 
 def from_document(document: Any) -> Calibration:
@@ -225,14 +226,14 @@ def from_document(document: Any) -> Calibration:
     source = document.get("source")
     if source is not None and (not isinstance(source, str) or source not in SOURCES):
         raise BadCalibration(f"its source is {source!r}")
-    return make(Key(**{name: document[name] for name in kinds}), scores, source)
+    return make_calibration(Key(**{name: document[name] for name in kinds}), scores, source)
 
 
 def distinct(prompts: Iterable[str], most: int) -> list[str]:
     """The different ones among prompts that are not blank, in their order; where there are more than `most`, so many
     of them at even distances."""
-    found = list(dict.fromkeys(text for text in (prompt.strip() for prompt in prompts) if text))
-    return found if len(found) <= most else [found[k * len(found) // most] for k in range(most)]
+    unique = list(dict.fromkeys(text for text in (prompt.strip() for prompt in prompts) if text))
+    return unique if len(unique) <= most else [unique[k * len(unique) // most] for k in range(most)]
 
 
 SUBJECTS = (
@@ -259,10 +260,10 @@ def ordinary_prompts(count: int = ORDINARY) -> list[str]:
     """Prompts that hardly stand under pictures of a training set: every one is a combination of its own."""
     if count > len(SUBJECTS) * len(PLACES) * len(STYLES):
         raise ValueError(f"there are no {count} ordinary prompts")
-    found = []
+    prompts = []
     for k in range(count):
         turn, subject = divmod(k, len(SUBJECTS))
         place = (subject + 3 * turn) % len(PLACES)
         style = (subject // len(PLACES) + 5 * turn + turn // len(STYLES)) % len(STYLES)
-        found.append(f"{SUBJECTS[subject]} {PLACES[place]}{STYLES[style]}")
-    return found
+        prompts.append(f"{SUBJECTS[subject]} {PLACES[place]}{STYLES[style]}")
+    return prompts

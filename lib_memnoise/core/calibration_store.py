@@ -54,16 +54,16 @@ class CalibrationStore:
         `LOWEST`: made with the user's own prompts rather than with built-in ones, and then the nearest. Its scores are
         those of its own timestep.
         """
-        found, problems = [], []
+        candidates, problems = [], []
         for path in sorted(self.folder.glob(f"{key.name.rsplit('-', 1)[0]}-*.json")):
             timestep = path.stem.rsplit("-", 1)[1]
             if not timestep.isdigit() or not serves(int(timestep), key.timestep):
                 continue
             calibration, problem = self.load(replace(key, timestep=int(timestep)))
-            found += [calibration] if calibration else []
+            candidates += [calibration] if calibration else []
             problems += [problem] if problem else []
-        found.sort(key=lambda one: (one.source in (None, "built-in"), abs(one.key.timestep - key.timestep)))
-        return (found[0] if found else None), problems
+        candidates.sort(key=lambda one: (one.source in (None, "built-in"), abs(one.key.timestep - key.timestep)))
+        return (candidates[0] if candidates else None), problems
 
     def _set_aside(self, path: Path, error: Exception) -> str:
         reason = str(error) if isinstance(error, BadCalibration) else "it cannot be read"
@@ -76,10 +76,10 @@ class CalibrationStore:
 
     def all(self) -> list[Calibration]:
         """Every calibration that can be read."""
-        found = []
+        calibrations = []
         for path in sorted(self.folder.glob("*.json")):
             try:
-                found.append(from_document(json.loads(path.read_text(encoding="utf-8"))))
+                calibrations.append(from_document(json.loads(path.read_text(encoding="utf-8"))))
             except (OSError, ValueError, RecursionError):
                 continue
-        return found
+        return calibrations

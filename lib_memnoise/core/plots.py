@@ -24,11 +24,11 @@ def curves(trace: Mapping[str, Any]) -> Iterator[tuple[int, str, list[Mapping[st
 
 def marks(trace: Mapping[str, Any]) -> list[tuple[float, str]]:
     """Timesteps to mark: τ, and each image's own transition point."""
-    found = {(float(image["tau"]), "τ") for image in trace["images"] if image["tau"] is not None}
+    marked = {(float(image["tau"]), "τ") for image in trace["images"] if image["tau"] is not None}
     for number, image in enumerate(trace["images"], 1):
         if image["transition"] is not None:
-            found.add((float(image["transition"]), f"transition point, image {number}"))
-    return sorted(found, reverse=True)
+            marked.add((float(image["transition"]), f"transition point, image {number}"))
+    return sorted(marked, reverse=True)
 
 
 def chart(trace: Mapping[str, Any]) -> Any:
@@ -92,9 +92,9 @@ def figure(trace: Mapping[str, Any]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(drawn)
-    axes = drawn.add_subplot()
+    plot = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(plot)
+    axes = plot.add_subplot()
     for number, noise, points in curves(trace):
         axes.plot(
             [point["t"] for point in points],
@@ -112,7 +112,7 @@ def figure(trace: Mapping[str, Any]) -> Any:
     axes.invert_xaxis()
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    return drawn
+    return plot
 
 
 def png(trace: Mapping[str, Any]) -> bytes:

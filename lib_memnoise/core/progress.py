@@ -29,13 +29,13 @@ class Progress:
         return f"{self.unit} {self.done} of at most {self.most}{images}{aim}"
 
 
-Tell = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]
 
 
-def untold(progress: Progress) -> None:
+def ignore_progress(progress: Progress) -> None:
     """Nobody wants to know."""
 
 
-def part(tell: Tell, number: int, of: int) -> Tell:
+def part_of_progress(on_progress: OnProgress, number: int, of: int) -> OnProgress:
     """Tells of one of several adjustments that are made one after another, from 0, as of a part of the whole."""
-    return lambda own: tell(replace(own, done=number * own.most + own.done, most=of * own.most))
+    return lambda own: on_progress(replace(own, done=number * own.most + own.done, most=of * own.most))

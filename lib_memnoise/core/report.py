@@ -56,8 +56,8 @@ class ImageReport:
     transition: float | None = None
     """Where guidance started at the image's own transition point: its timestep."""
     trace: list[TracePoint] = field(default_factory=list)
-    drawn: list[TracePoint] = field(default_factory=list)
-    """The trace of the same noise as drawn, if it was asked for."""
+    baseline: list[TracePoint] = field(default_factory=list)
+    """The trace of the noise as drawn, sampled without adjustment; empty unless the settings want it."""
     hires: ImageReport | None = None
     """What happened in the second pass of hires fix, of a first pass's report; None: that is not adjusted."""
 
@@ -99,7 +99,7 @@ class Generation:
     remarks: list[str] = field(default_factory=list)
     """Notes for all images."""
     trace_id: str | None = None
-    """By which the traces of its images are found."""
+    """The name that the traces of its images are stored under."""
     images: dict[tuple[int, int], ImageReport] = field(default_factory=dict)
     looks_at_first: bool = False
     """‖Δ‖ of the first step is wanted of every image, also where guidance is off and nothing is traced."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.core.guidance import ALWAYS
-from lib_memnoise.core.progress import Tell, untold
+from lib_memnoise.core.progress import OnProgress, ignore_progress
 from lib_memnoise.settings import ResolvedSettings, size_factor
 from lib_memnoise.torch_utils.cross_attention import Attention
 
@@ -34,7 +34,7 @@ class BatchContext:
     """The text encoder's ordinary tokens, as text; "" for one that is not what it is written as."""
     tokens: Callable[[str], int | None] = lambda text: None
     """How many tokens a prompt is encoded to at the first step; None where that cannot be told."""
-    tell: Tell = untold
+    on_progress: OnProgress = ignore_progress
     """Is told how far a method is that takes its time."""
 
     def factor(self, x: Tensor) -> float:
@@ -101,7 +101,7 @@ def aimed(settings: ResolvedSettings, factor: float) -> tuple[float | Callable[[
     return value * factor, value * factor
 
 
-class Ended(Protocol):
+class DescentResult(Protocol):
     """How the descents of a batch ended, `(B,)` each."""
 
     @property
@@ -114,11 +114,11 @@ class Ended(Protocol):
     def steps(self) -> Tensor: ...
 
 
-def missed(ended: Ended, what: str, most: int) -> dict[int, list[str]]:
+def missed(result: DescentResult, what: str, most: int) -> dict[int, list[str]]:
     """A note for each image that has not reached its target."""
     notes = {}
     for image, (ok, far, taken) in enumerate(
-        zip(ended.reached.tolist(), ended.hopeless.tolist(), ended.steps.tolist())
+        zip(result.reached.tolist(), result.hopeless.tolist(), result.steps.tolist())
     ):
         if not ok:
             why = f", too slowly to reach it in {most}," if far else ""

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, magnitude, per_image, working_precision
-from lib_memnoise.core.progress import Progress, Tell, untold
+from lib_memnoise.core.progress import OnProgress, Progress, ignore_progress
 from lib_memnoise.methods.batch import BatchContext, Outcome
 from lib_memnoise.settings import ResolvedSettings
 
 
 @torch.no_grad()
-def adjust(x: Tensor, delta: Delta, *, gamma: float, rho: float, steps: int, tell: Tell = untold) -> Tensor:
+def adjust(
+    x: Tensor, delta: Delta, *, gamma: float, rho: float, steps: int, on_progress: OnProgress = ignore_progress
+) -> Tensor:
     """Adjust initial latents along the sharpness of the conditional prediction (Algorithm 1, first loop).
 
     Args:
@@ -21,7 +23,7 @@ def adjust(x: Tensor, delta: Delta, *, gamma: float, rho: float, steps: int, tel
         gamma: adjustment strength γ̃ (Eq. 10), in units of x per unit of Δ.
         rho: sharpness parameter ρ: the length ‖δ̂‖₂ of the probe, in units of x.
         steps: number of adjustments M.
-        tell: is told of each.
+        on_progress: is told of each.
 
     Returns:
         x̃_T in the shape of x, float32 (float64 if x is). x itself is not changed.
@@ -40,7 +42,7 @@ def adjust(x: Tensor, delta: Delta, *, gamma: float, rho: float, steps: int, tel
         probe = rho * prediction / torch.where(length == 0, torch.ones_like(length), length)
         # x̃_T = x_T − γ̃ (ε̃(x_T + δ̂(x_T), T, y) − ε̃(x_T, T, y))
         x = x - gamma * (delta(x + probe).to(x.dtype) - prediction)
-        tell(Progress(number + 1, steps, "adjustment", len(x)))
+        on_progress(Progress(number + 1, steps, "adjustment", len(x)))
     return x
 
 
@@ -49,6 +51,13 @@ def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: Batch
     assert settings.gamma is not None and settings.rho is not None and settings.steps is not None
     factor = context.factor(x)
     return Outcome(
-        adjust(x, delta, gamma=settings.gamma, rho=settings.rho * factor, steps=settings.steps, tell=context.tell),
+        adjust(
+            x,
+            delta,
+            gamma=settings.gamma,
+            rho=settings.rho * factor,
+            steps=settings.steps,
+            on_progress=context.on_progress,
+        ),
         used={"gamma": settings.gamma, "rho": settings.rho * factor, "steps": settings.steps},
     )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lib_memnoise.core.progress import Progress, Tell, untold
+from lib_memnoise.core.progress import OnProgress, Progress, ignore_progress
 
 LOSS_SCALE = 1024.0
 """Keeps gradients inside a half-precision network above its smallest numbers. A power of two: dividing it out
@@ -60,7 +60,7 @@ def descend(
     optimiser: Callable[[list[Tensor]], torch.optim.Optimizer],
     target: float | Callable[[Tensor], Tensor],
     max_steps: int,
-    tell: Tell = untold,
+    on_progress: OnProgress = ignore_progress,
     patience: int | None = None,
 ) -> Descent:
     """Minimise each image's loss over its variable until it is below the target (the loop of Figure 7).
@@ -72,7 +72,7 @@ def descend(
         target: an image stops as soon as its loss < target. A function is given the first losses `(B,)` and returns a
             target for each.
         max_steps: the most optimiser steps an image takes.
-        tell: is told of every evaluation.
+        on_progress: is told of every evaluation.
         patience: an image ends as well where, at the pace of the last so many steps, all that are left would not
             bring it below `FAR` times its target. None: it takes them all; so it does if the target is 0.
 
@@ -119,18 +119,18 @@ def descend(
         for k, i in enumerate(running):
             reached[i], hopeless[i] = bool(below[k]), bool(is_hopeless[k] and not below[k])
         going = [k for k in range(len(running)) if finite[k] and not below[k] and not is_hopeless[k]]
-        tell(progress_of(step, max_steps, [(values[k], wanted[k]) for k in going]))
+        on_progress(progress_of(step, max_steps, [(values[k], wanted[k]) for k in going]))
         if step == max_steps or not going:
             break
 
         # `optim.zero_grad(); loss.backward(); optim.step()`
         with torch.enable_grad():
-            found = gradients(current if len(going) == len(running) else current[going], [
+            slopes = gradients(current if len(going) == len(running) else current[going], [
                 variables[running[k]] for k in going
             ])  # fmt: skip
         optim.zero_grad()
-        are_finite = torch.stack([torch.isfinite(gradient).all() for gradient in found]).tolist()
-        for k, gradient, ok in zip(going, found, are_finite):
+        are_finite = torch.stack([torch.isfinite(gradient).all() for gradient in slopes]).tolist()
+        for k, gradient, ok in zip(going, slopes, are_finite):
             if ok:
                 variables[running[k]].grad = gradient
         optim.step()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, magnitude, per_image, select, working_precision
-from lib_memnoise.core.progress import Tell, untold
+from lib_memnoise.core.progress import OnProgress, ignore_progress
 from lib_memnoise.methods.descent import Descent, is_far, progress_of
 
 
@@ -22,7 +22,7 @@ def descend_forward(
     target: float | Callable[[Tensor], Tensor],
     max_steps: int,
     keep_length: bool = False,
-    tell: Tell = untold,
+    on_progress: OnProgress = ignore_progress,
     patience: int | None = None,
 ) -> Descent:
     """Lower ‖Δ(x, T)‖₂ of every image over its initial latent until it is below the target.
@@ -34,7 +34,7 @@ def descend_forward(
         target: in the units of Δ. A function is given the first magnitudes `(B,)` and returns a target for each image.
         max_steps: the most steps an image takes.
         keep_length: puts each image's ‖x_T‖ back after every step.
-        tell, patience: see `descent.descend`.
+        on_progress, patience: see `descent.descend`.
 
     Returns:
         `Descent`: where the target was not reached, the latent is the best one seen. A ‖Δ‖ that is not finite ends its
@@ -67,7 +67,7 @@ def descend_forward(
         for k, i in enumerate(running):
             reached[i], hopeless[i] = bool(below[k]), bool(is_hopeless[k] and not below[k])
         going = [k for k in range(len(running)) if finite[k] and not below[k] and not is_hopeless[k]]
-        tell(progress_of(step, max_steps, [(values[k], wanted[k]) for k in going]))
+        on_progress(progress_of(step, max_steps, [(values[k], wanted[k]) for k in going]))
         if step == max_steps or not going:
             break
 

@@ -36,7 +36,7 @@ def adjust(x: Tensor, delta: Delta, context: BatchContext, *, candidates: int) -
         better = value < least
         best, least = torch.where(per_image(better), other, best), torch.where(better, value, least)
         chosen = torch.where(better, k, chosen)
-        context.tell(Progress(k + 1, candidates, "noise", len(x)))
+        context.on_progress(Progress(k + 1, candidates, "noise", len(x)))
     return best, before, least, chosen
 
 

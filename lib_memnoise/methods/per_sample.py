@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, magnitude, select, working_precision
-from lib_memnoise.core.progress import Tell, untold
+from lib_memnoise.core.progress import OnProgress, ignore_progress
 from lib_memnoise.methods.batch import BatchContext, Outcome, aimed, missed
 from lib_memnoise.methods.descent import PATIENCE, descend
 from lib_memnoise.methods.forward_descent import descend_forward
@@ -63,7 +63,7 @@ def adjust(
     max_steps: int,
     weight_decay: float = 0.01,
     rule: str = "adamw",
-    tell: Tell = untold,
+    on_progress: OnProgress = ignore_progress,
     patience: int | None = None,
 ) -> Adjusted:
     """Minimise ‖Δ(x, T)‖₂ of every image over its initial latent, with AdamW (Figure 7).
@@ -79,7 +79,7 @@ def adjust(
         max_steps: the most optimiser steps an image takes.
         weight_decay: AdamW's, 0.01 as in the paper; it keeps ‖x̃_T‖ near √d (Appendix C).
         rule: "adamw", or "sphere" for `SphereSteps` instead, which knows no decay.
-        tell: is told of every evaluation.
+        on_progress: is told of every evaluation.
         patience: see `descent.descend`; None, as in the paper: an image takes all steps if it does not get there.
 
     Returns:
@@ -99,7 +99,7 @@ def adjust(
         # ‖ε̃_θ(x_T, T, y)‖₂
         return magnitude(select(delta, images)(torch.stack(latents)).to(start.dtype))
 
-    found = descend(
+    descent = descend(
         list(start),
         loss,
         optimiser=lambda latents: (
@@ -109,10 +109,12 @@ def adjust(
         ),
         target=target,
         max_steps=max_steps,
-        tell=tell,
+        on_progress=on_progress,
         patience=patience,
     )
-    return Adjusted(torch.stack(found.best), found.steps, found.before, found.after, found.reached, found.hopeless)
+    return Adjusted(
+        torch.stack(descent.best), descent.steps, descent.before, descent.after, descent.reached, descent.hopeless
+    )
 
 
 def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
@@ -129,7 +131,7 @@ def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: Batch
         max_steps=settings.max_steps,
         weight_decay=settings.weight_decay,
         rule=settings.rule,
-        tell=context.tell,
+        on_progress=context.on_progress,
         patience=PATIENCE,
     )
     return Outcome(
@@ -155,7 +157,7 @@ def _forward(
     rho = settings.rho * context.factor(x)
     found = descend_forward(
         x, delta, gamma=settings.gamma, rho=rho, target=target, max_steps=settings.max_steps,
-        keep_length=settings.keep_length, tell=context.tell, patience=PATIENCE,
+        keep_length=settings.keep_length, on_progress=context.on_progress, patience=PATIENCE,
     )  # fmt: skip
     return Outcome(
         torch.stack(found.best),

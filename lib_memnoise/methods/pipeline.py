@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import NORM_BOUND, Delta, magnitude, norm_ratio, select, working_precision
 from lib_memnoise.core.guidance import ALWAYS, Start, make_start, start_timestep
-from lib_memnoise.core.progress import part
+from lib_memnoise.core.progress import part_of_progress
 from lib_memnoise.core.report import ImageReport
 from lib_memnoise.methods.batch import BatchContext, Outcome
 from lib_memnoise.registry import METHODS
@@ -232,11 +232,11 @@ def mitigate(
 
     if needs_gradient(settings) and not only_measures(settings):
         # With a gradient, what is known of the score is of no use.
-        asked, chosen = delta, with_gradient or runner
+        scored, method_runner = delta, with_gradient or runner
     else:
-        asked, chosen = delta if choice is None else Scored(delta, choice.known), runner
+        scored, method_runner = delta if choice is None else Scored(delta, choice.known), runner
     every = len(images) == len(x)
-    outcome = chosen(x, asked, context) if every else run_some(images, x, asked, context, chosen)
+    outcome = method_runner(x, scored, context) if every else run_some(images, x, scored, context, method_runner)
     on_outcome(outcome)
     starts = starts_of(reports, settings, context.first, guidance)
     fill_reports(reports, outcome)
@@ -281,7 +281,7 @@ def run_each(x: Tensor, delta: Delta, settings: ResolvedSettings, context: Batch
             x[i : i + 1],
             select(delta, [i]),
             settings,
-            replace(context.select([i]), tell=part(context.tell, i, len(x))),
+            replace(context.select([i]), on_progress=part_of_progress(context.on_progress, i, len(x))),
         )
         for i in range(len(x))
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, PromptedDelta, magnitude, working_precision
-from lib_memnoise.core.progress import Tell, untold
+from lib_memnoise.core.progress import OnProgress, ignore_progress
 from lib_memnoise.methods.batch import BatchContext, Outcome, Prompt, aimed, missed
 from lib_memnoise.methods.descent import PATIENCE, descend
 from lib_memnoise.methods.pipeline import Scored
@@ -36,7 +36,7 @@ def adjust(
     max_steps: int,
     weight_decay: float = 0.01,
     fixed: Sequence[int] = (0,),
-    tell: Tell = untold,
+    on_progress: OnProgress = ignore_progress,
     patience: int | None = None,
 ) -> Adjusted:
     """Minimise ‖Δ(x_T, T)‖ of every image over its prompt's vectors, with AdamW.
@@ -48,7 +48,7 @@ def adjust(
         target: an image stops as soon as its ‖Δ‖ is below it. The authors' is for one norm over a batch of B images;
             an image's is that divided by √B.
         fixed: the places of start tokens, whose gradient is zero.
-        tell: is told of every evaluation. patience: see `descent.descend`.
+        on_progress: is told of every evaluation. patience: see `descent.descend`.
 
     Cost an image: one unconditional row, and a row for each of its prompts and losses; backward, that for each step.
     """
@@ -59,16 +59,16 @@ def adjust(
         held = [_held(value, fixed) for value in vectors]
         return magnitude(delta_of(held, images).to(x.dtype))
 
-    found = descend(
+    descent = descend(
         [value.to(x.dtype) for value in delta.vectors],
         loss,
         optimiser=lambda vectors: torch.optim.AdamW(vectors, lr=lr, weight_decay=weight_decay),
         target=target,
         max_steps=max_steps,
-        tell=tell,
+        on_progress=on_progress,
         patience=patience,
     )
-    return Adjusted(found.best, found.steps, found.before, found.after, found.reached, found.hopeless)
+    return Adjusted(descent.best, descent.steps, descent.before, descent.after, descent.reached, descent.hopeless)
 
 
 def _held(vectors: Tensor, fixed: Sequence[int]) -> Tensor:
@@ -94,7 +94,7 @@ def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: Batch
         assert isinstance(delta, PromptedDelta)
         result = adjust(
             x, delta, lr=settings.lr, target=target, max_steps=settings.max_steps, weight_decay=settings.weight_decay,
-            fixed=delta.fixed, tell=context.tell, patience=PATIENCE,
+            fixed=delta.fixed, on_progress=context.on_progress, patience=PATIENCE,
         )  # fmt: skip
     return Outcome(
         working_precision(x),

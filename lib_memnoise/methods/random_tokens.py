@@ -43,16 +43,16 @@ def _places(words: Sequence[str]) -> list[int]:
     """Before which words something may be inserted; their number stands for the end."""
     last, colon = words[-1], len(words) > 1 and words[-2].endswith(":")
     ends_with_weight = CONNECTED.fullmatch(last) or (colon and WEIGHT.fullmatch(last))
-    found, depth = [], 0
+    places, depth = [], 0
     for place, word in enumerate(words):
         announced = place > 0 and words[place - 1].endswith(":") and WEIGHT.match(word)
         if depth == 0 and not announced and not CONNECTED.fullmatch(word):
-            found.append(place)
+            places.append(place)
         plain = re.sub(r"\\.", "", word)
         depth = max(0, depth + plain.count("[") - plain.count("]"))
     if depth == 0 and (not ends_with_weight or last.endswith(")")):
-        found.append(len(words))
-    return found or [0]
+        places.append(len(words))
+    return places or [0]
 
 
 def _below(count: int, generator: torch.Generator) -> int:
@@ -80,7 +80,7 @@ def _with_tokens(text: str, vocabulary: Sequence[str], count: int, context: Batc
     """
     generator, before = context.generator(image), context.tokens(text)
     for _ in range(TRIES):
-        found, _ = insert(text, vocabulary, count, generator)
-        if before is None or context.tokens(found) == before + count:
-            return found
+        longer, _ = insert(text, vocabulary, count, generator)
+        if before is None or context.tokens(longer) == before + count:
+            return longer
     raise RuntimeError(f"no random tokens were found with which the prompt has exactly {count} more")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, magnitude, per_image, select, working_precision
-from lib_memnoise.core.progress import part
+from lib_memnoise.core.progress import part_of_progress
 from lib_memnoise.methods.batch import BatchContext, Outcome, aimed
 from lib_memnoise.methods.descent import PATIENCE, descend
 from lib_memnoise.settings import ResolvedSettings
@@ -24,7 +24,7 @@ class Adjusted(NamedTuple):
     before: Tensor
     after: Tensor
     reached: Tensor
-    drawn: Tensor
+    redraws: Tensor
 
 
 def adjust(
@@ -80,23 +80,25 @@ def adjust(
     left = list(range(len(start)))
     for attempt in range(redraws + 1):
         noise = start if attempt == 0 else torch.stack([context.noise(start, i, attempt) for i in range(len(start))])
-        found = descend(
+        descent = descend(
             [noise[i] for i in left],
             loss_of(left),
             optimiser=lambda latents: torch.optim.Adam(latents, lr=lr),
             target=target,
             max_steps=max_steps,
-            tell=part(lambda own: context.tell(replace(own, what="loss")), attempt, redraws + 1),
+            on_progress=part_of_progress(
+                lambda own: context.on_progress(replace(own, what="loss")), attempt, redraws + 1
+            ),
             patience=patience,
         )
         for k, image in enumerate(left):
-            result.steps[image] += found.steps[k]
-            result.drawn[image] = attempt
+            result.steps[image] += descent.steps[k]
+            result.redraws[image] = attempt
             if attempt == 0:
-                result.before[image] = found.before[k]
-            if not found.after[k] >= result.after[image]:
-                result.x[image], result.after[image] = found.best[k], found.after[k]
-            result.reached[image] = found.reached[k]
+                result.before[image] = descent.before[k]
+            if not descent.after[k] >= result.after[image]:
+                result.x[image], result.after[image] = descent.best[k], descent.after[k]
+            result.reached[image] = descent.reached[k]
         left = [image for image in left if not result.reached[image]]
         if not left:
             break
@@ -117,11 +119,11 @@ def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: Batch
     # An image none of whose noises had a loss has no adjusted noise either.
     latents = result.x.masked_fill(~per_image(torch.isfinite(result.after)), float("nan"))
     outcome = Outcome(latents, steps=result.steps, used={"lr": settings.lr, "alpha": settings.alpha, "target": used})
-    for image, (reached, drawn) in enumerate(zip(result.reached.tolist(), result.drawn.tolist())):
+    for image, (reached, redraws) in enumerate(zip(result.reached.tolist(), result.redraws.tolist())):
         if not reached:
             outcome.notes.setdefault(image, []).append(
-                f"the target was not reached with {drawn + 1} noises and the best one was kept"
+                f"the target was not reached with {redraws + 1} noises and the best one was kept"
             )
-        elif drawn:
-            outcome.notes.setdefault(image, []).append(f"noise {drawn} drawn anew reached the target")
+        elif redraws:
+            outcome.notes.setdefault(image, []).append(f"noise {redraws} drawn anew reached the target")
     return outcome

@@ -90,7 +90,7 @@ class Guider(abc.ABC):
     """Answers for the network during one pass.
 
     Rows of a step are numbered: the prompts of every image, then the unconditional ones. `begin_step` is told of
-    them; a host's subclass hands every call of the network to `answer`, with the numbers of its rows. Rows with
+    them; a host's subclass hands every call of the network to `outputs_of`, with the numbers of its rows. Rows with
     guidance on are passed through untouched. Of an image with guidance off, only the unconditional prediction is
     evaluated, once, and given for all of its rows; the host's own combination ε_u + w Σ w_k (ε_u − ε_u) is then ε_u
     exactly, also with AND, CFG++, unequal lengths and where the host itself leaves the unconditional rows out (NGMS).
@@ -194,7 +194,7 @@ class Guider(abc.ABC):
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        """Go on with guidance as it would be without memnoise, and say so; or let `answer` fail the request."""
+        """Go on with guidance as it would be without memnoise, and say so; or let `outputs_of` fail the request."""
         self.error = error
         self._off, self._given, self._attention = set(), {}, []
         what = "guidance could not be held back" if self.plan.override is None else "the prompt could not be changed"
@@ -251,7 +251,7 @@ class Guider(abc.ABC):
         )
         return cond, self.padded(denoiser, params.text_cond, empty)[1]
 
-    def answer(self, rows: list[int], x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+    def outputs_of(self, rows: list[int], x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         """What these rows of the step come to; `kwargs` are what the host gives the network beside."""
         step = self.step
         owners = [] if step is None else [step.owners[row] for row in rows if row < len(step.owners)]
@@ -265,22 +265,22 @@ class Guider(abc.ABC):
             self._decide(images, sigma)
         rest = [k for k, row in enumerate(rows) if row not in self._given]
         if len(rest) == len(rows):
-            return self._ask(rows, x, sigma, kwargs)
+            return self._evaluate_and_trace(rows, x, sigma, kwargs)
         outputs = dict(self._given)
         if rest and self.plan.exact:
             # The rows that are thrown away keep the others' batch as it would be.
-            every = self._ask(rows, x, sigma, kwargs)
+            every = self._evaluate_and_trace(rows, x, sigma, kwargs)
             outputs.update((rows[k], every[k]) for k in rest)
         elif rest:
-            asked = self._ask([rows[k] for k in rest], x[rest], sigma[rest], self.select(kwargs, rest))
-            outputs.update((rows[k], out) for k, out in zip(rest, asked))
+            fresh = self._evaluate_and_trace([rows[k] for k in rest], x[rest], sigma[rest], self.select(kwargs, rest))
+            outputs.update((rows[k], out) for k, out in zip(rest, fresh))
         return torch.stack([outputs[row] for row in rows])
 
     def _reads(self) -> bool:
         """Whether ‖Δ‖ is wanted of this step's images."""
         return (self.plan.tracing or (self.plan.looks_at_first and self.steps == 1)) and not self.in_parts
 
-    def _ask(self, rows: list[int], x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _evaluate_and_trace(self, rows: list[int], x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The host's own network, for these of its rows."""
         out, native = self.evaluate(rows, x, sigma, kwargs)
         if self._reads() and self.step is not None and self.step.known:
@@ -362,8 +362,8 @@ class Guider(abc.ABC):
             if not guided:
                 self._given[last] = out[k]
                 s = start.opposite
-                found = self.opposite(image, outs[at], out[k], s) if s else self.unguided(image, out[k])
-                self._given.update(zip(own, found))
+                prompt_rows = self.opposite(image, outs[at], out[k], s) if s else self.unguided(image, out[k])
+                self._given.update(zip(own, prompt_rows))
                 continue
             self.reports[image].transition = transition_point(start.curve)
             self._off.discard(image)

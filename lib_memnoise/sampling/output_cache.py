@@ -88,13 +88,13 @@ class CachedModel:
             return self.native
         if rest:
             with self._attending(rest):
-                asked = self._model.apply_model(
+                fresh = self._model.apply_model(
                     x[rest],
                     t[rest],
                     *[self._selected(value, rest) for value in args],
                     **{name: self._selected(value, rest) for name, value in kwargs.items()},
                 )
-            for row, output in zip(rest, asked):
+            for row, output in zip(rest, fresh):
                 outputs[row] = output
         self.native = torch.stack([output for output in outputs if output is not None])
         return self.native

@@ -44,16 +44,16 @@ def axis_values(name: str, text: Any) -> list[str]:
 
 def numbers(name: str, part: str) -> list[Any]:
     """The value or values of one part of an axis's text."""
-    found = RANGE.fullmatch(part)
-    if found is None:
+    match = RANGE.fullmatch(part)
+    if match is None:
         return [from_text(name, part)]
-    first, last = (Decimal(str(from_text(name, end))) for end in found.groups()[:2])
+    first, last = (Decimal(str(from_text(name, end))) for end in match.groups()[:2])
     whole = type_of(name) is int
-    if found[4] is not None:
-        count = _bounded(name, part, Decimal(found[4]))
+    if match[4] is not None:
+        count = _bounded(name, part, Decimal(match[4]))
         values = [first + (last - first) * k / max(count - 1, 1) for k in range(count)]
         return [check(name, int(value) if whole else float(value)) for value in values]
-    step = Decimal(found[3] or 1)
+    step = Decimal(match[3] or 1)
     if step == 0 or (last - first) * step < 0:
         raise SettingError(f"memnoise: {name} = {echo(part.strip())} is not valid; its step leads away from its end.")
     if whole and step != int(step):

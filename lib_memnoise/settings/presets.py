@@ -83,8 +83,8 @@ def preset_values(preset: str, method: str) -> dict[str, Any]:
 def target_of_kind(kind: str, preset: str, method: str) -> Any:
     """The target to take where a preset's own is of the other kind."""
     others = ("relative",) if kind == "fraction" else (ABSOLUTE.get(preset, "sd1"), "sd1")
-    found = (preset_values(other, method) for other in others)
-    return next(values["target"] for values in found if values["target_kind"] == kind)
+    candidates = (preset_values(other, method) for other in others)
+    return next(values["target"] for values in candidates if values["target_kind"] == kind)
 
 
 REFERENCE_SIZE = {"eps": 4 * 64 * 64, "v": 4 * 96 * 96}

@@ -107,7 +107,7 @@ def mitigated(
         assert isinstance(delta, DeltaPredictor)
         return run_in_memory(x, delta, settings, context)
 
-    def told(outcome: Outcome) -> None:
+    def keep_evaluated(outcome: Outcome) -> None:
         if torch.equal(outcome.x, current.noise) and not outcome.prompts:
             # Nothing is to change, to the bit: rows are only spared where they were evaluated as the host would.
             predictor.cache.of_image = evaluated
@@ -122,5 +122,5 @@ def mitigated(
         guidance=current.cfg_scale,
         with_gradient=with_gradient,
         on_choice=lambda: evaluated.update(predictor.cache.of_image),
-        on_outcome=told,
+        on_outcome=keep_evaluated,
     )

@@ -20,13 +20,13 @@ from lib_memnoise.webui.services import calibrations, json_request, scoring
 from lib_memnoise.webui.services.traces import STORE
 
 
-def answered(what: Callable[[], Any]) -> Any:
+def with_http_errors(what: Callable[[], Any]) -> Any:
     """The answer, or an HTTP error with one sentence."""
     try:
         return what()
     except scoring.REFUSALS as error:
         status = 409 if isinstance(error, scoring.Stopped) else 422
-        raise Refusal(scoring.said(error), status) from None
+        raise Refusal(scoring.sentence_of(error), status) from None
     except RecursionError:
         # The host reads brackets in prompts by recursion.
         raise Refusal("memnoise: the prompt's brackets are nested too deeply.") from None
@@ -38,9 +38,9 @@ def score(body: Any = Body(...)) -> Any:  # noqa: B008
     def run() -> Any:
         wanted = json_request.parse(body)
         with scoring.queued("memnoise-score"):
-            return scoring.answer(wanted)
+            return scoring.score_as_json(wanted)
 
-    return answered(run)
+    return with_http_errors(run)
 
 
 def calibrate(body: Any = Body(default={})) -> Any:  # noqa: B008
@@ -50,9 +50,9 @@ def calibrate(body: Any = Body(default={})) -> Any:  # noqa: B008
     def run() -> Any:
         wanted = calibrating.parse(body)
         with scoring.queued("memnoise-calibration"):
-            return calibrating.answer(*wanted)
+            return calibrating.calibrate_as_json(*wanted)
 
-    return answered(run)
+    return with_http_errors(run)
 
 
 def compare(body: Any = Body(...)) -> Any:  # noqa: B008
@@ -62,12 +62,12 @@ def compare(body: Any = Body(...)) -> Any:  # noqa: B008
     def run() -> Any:
         wanted = comparison.parse(body)
         with scoring.queued("memnoise-compare"):
-            return comparison.answer(*wanted)
+            return comparison.compare_as_json(*wanted)
 
-    return answered(run)
+    return with_http_errors(run)
 
 
-def listed() -> Any:
+def list_calibrations() -> Any:
     """`GET /memnoise/v1/calibrations`."""
     return [scoring.summary(calibration) for calibration in calibrations.store().all()]
 
@@ -104,10 +104,10 @@ def peak_memory() -> Any:
 
 def trace(name: str) -> Any:
     """`GET /memnoise/v1/trace/{name}`."""
-    found = STORE.get(name)
-    if found is None:
+    document = STORE.get(name)
+    if document is None:
         raise Refusal(f"memnoise: there is no trace {echo(name, 40)} (any more).", 404)
-    return found
+    return document
 
 
 ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
@@ -117,7 +117,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("POST", "calibrate", calibrate),
     ("POST", "compare", compare),
     ("POST", "peak_memory", peak_memory),
-    ("GET", "calibrations", listed),
+    ("GET", "calibrations", list_calibrations),
     ("GET", "trace/{name}", trace),
 )
 

@@ -24,7 +24,7 @@ def trace_baseline(current: SamplingPass, predictor: DeltaPredictor, starts: lis
     the checkpoint throughout, without a refiner. Its rows count as the image's.
 
     Args:
-        current: its reports take the trace (`drawn`) and the rows.
+        current: its reports take the trace (`baseline`) and the rows.
         starts: when guidance starts, for every image.
 
     Raises:
@@ -34,14 +34,14 @@ def trace_baseline(current: SamplingPass, predictor: DeltaPredictor, starts: lis
     images, noise = [ImageReport() for _ in reports], current.noise.clone()
     own = copy.copy(p)
     own.refiner_checkpoint_info = None  # a switch would leave the refiner loaded for the picture
-    drawn = p.rng
+    host_rng = p.rng
     own.rng = rng.ImageRNG(
-        drawn.shape,
-        drawn.seeds,
-        subseeds=drawn.subseeds,
-        subseed_strength=drawn.subseed_strength,
-        seed_resize_from_h=drawn.seed_resize_from_h,
-        seed_resize_from_w=drawn.seed_resize_from_w,
+        host_rng.shape,
+        host_rng.seeds,
+        subseeds=host_rng.subseeds,
+        subseed_strength=host_rng.subseed_strength,
+        seed_resize_from_h=host_rng.seed_resize_from_h,
+        seed_resize_from_w=host_rng.seed_resize_from_w,
     )
     kept = getattr(rng, "nv_rng", None)
     own.rng.next()
@@ -72,6 +72,6 @@ def trace_baseline(current: SamplingPass, predictor: DeltaPredictor, starts: lis
         rng.nv_rng = kept
     raise_if_interrupted()
     for report, image in zip(reports, images):
-        report.drawn = image.trace
+        report.baseline = image.trace
         report.forward_rows += image.forward_rows
         report.looked_rows += image.forward_rows

@@ -196,16 +196,16 @@ class ConditioningOverride:
 
     def rows(self, denoiser: Any) -> list[Row]:
         """How the prompts' rows of a step are attended to."""
-        found = []
+        attended = []
         for image, parts in enumerate(denoiser.sampler.sampler_extra_args["cond"].batch):
             attention = self.prompts[image].attention if image in self.prompts else None
             if attention is None:
-                found += [PLAIN] * len(parts)
+                attended += [PLAIN] * len(parts)
                 continue
             for text in self.step_texts(image, denoiser.step):
                 place = self.places(text)
-                found.append(Row(attention.scale, place.starts, place.unpadded if attention.mask_padding else None))
-        return found
+                attended.append(Row(attention.scale, place.starts, place.unpadded if attention.mask_padding else None))
+        return attended
 
 
 def padded_with_end() -> list[Any]:

@@ -36,7 +36,7 @@ from lib_memnoise.webui.conditioning import ConditioningOverride
 from lib_memnoise.webui.failures import Failed, fails, keep_failed_cells, refuse
 from lib_memnoise.webui.host_conditions import EmptyPrompt
 from lib_memnoise.webui.host_state import left_as_it_was
-from lib_memnoise.webui.progress import count_time, shown
+from lib_memnoise.webui.progress import count_time, show_progress
 from lib_memnoise.webui.request import Refusal
 from lib_memnoise.webui.sampler_start import is_only_step
 from lib_memnoise.webui.sampling_pass import SamplingPass
@@ -166,10 +166,10 @@ def adjust(current: SamplingPass, generation: Generation) -> Adjusted:
             if outcome.prompts:
                 override = ConditioningOverride(current, outcome.prompts)
             if resolved.trace == "compare" and not current.is_hires and not torch.equal(outcome.x, current.noise):
-                compare(current, predictor, resolved)
+                trace_noise_as_drawn(current, predictor, resolved)
 
         with contextlib.ExitStack() as progress:
-            context = replace(current.context(predictor), tell=progress.enter_context(shown(generation)))
+            context = replace(current.context(predictor), on_progress=progress.enter_context(show_progress(generation)))
             mitigated = adjusting.mitigated(current, predictor, resolved, context, on_outcome)
     return Adjusted(mitigated, resolved, pinned, predictor, override)
 
@@ -220,7 +220,7 @@ def place(p: Any, generation: Generation, noise: Tensor, adjusted: Tensor) -> No
         noise.copy_(adjusted)
 
 
-def compare(current: SamplingPass, predictor: DeltaPredictor, settings: ResolvedSettings) -> None:
+def trace_noise_as_drawn(current: SamplingPass, predictor: DeltaPredictor, settings: ResolvedSettings) -> None:
     """Trace the noise as drawn. If that fails the pictures come all the same, and say so."""
     try:
         trace_baseline(current, predictor, starts_of(current.reports, settings, predictor.step.t, current.cfg_scale))

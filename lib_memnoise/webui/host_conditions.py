@@ -58,5 +58,5 @@ def image_conditioning(p: Any, x: Tensor) -> Tensor:
     ) in ("hybrid", "concat")
     if p.is_hr_pass and inpainting:
         raise Unsupported("the hires pass of an inpainting checkpoint cannot be adjusted")
-    found: Tensor = p.txt2img_image_conditioning(x)
-    return found
+    conditioning: Tensor = p.txt2img_image_conditioning(x)
+    return conditioning

@@ -12,7 +12,7 @@ from typing import Any
 
 from modules import shared
 
-from lib_memnoise.core.progress import Progress, Tell
+from lib_memnoise.core.progress import OnProgress, Progress
 from lib_memnoise.core.report import Generation
 
 CONSOLE_DELAY = 1.0
@@ -20,7 +20,7 @@ CONSOLE_DELAY = 1.0
 
 
 @contextlib.contextmanager
-def shown(generation: Generation) -> Iterator[Tell]:
+def show_progress(generation: Generation) -> Iterator[OnProgress]:
     """Gives what an adjustment tells its progress to.
 
     The host counts sampling steps from 0 when it begins to sample, and works out the time left from the time since the
@@ -30,7 +30,7 @@ def shown(generation: Generation) -> Iterator[Tell]:
     steps = state.sampling_steps
     count_time(generation)
 
-    def tell(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         nonlocal bar
         state.sampling_step, state.sampling_steps = progress.done, progress.most
         state.textinfo = f"Memnoise: {progress}"
@@ -41,7 +41,7 @@ def shown(generation: Generation) -> Iterator[Tell]:
         bar.update(progress.done - bar.n)
 
     try:
-        yield tell
+        yield on_progress
     finally:
         if bar is not None:
             bar.close()
@@ -53,7 +53,7 @@ def shown(generation: Generation) -> Iterator[Tell]:
 
 
 def count_time(generation: Generation) -> None:
-    """What `shown` left out of the time since the job began is put back."""
+    """What `show_progress` left out of the time since the job began is put back."""
     if generation.left_out:
         shared.state.time_start -= generation.left_out
         generation.left_out = 0.0

@@ -27,8 +27,8 @@ def steps_of(p: Any) -> tuple[int, int]:
     from modules import sd_samplers_common
 
     steps = (p.hr_second_pass_steps or p.steps) if getattr(p, "is_hr_pass", False) else None
-    found: tuple[int, int] = sd_samplers_common.setup_img2img_steps(p, steps)
-    return found
+    steps_and_used: tuple[int, int] = sd_samplers_common.setup_img2img_steps(p, steps)
+    return steps_and_used
 
 
 def is_only_step(p: Any) -> bool:

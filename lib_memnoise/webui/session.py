@@ -70,8 +70,8 @@ def put_guider(denoiser: Any, guider: Guider) -> None:
 
 
 def guider_of(denoiser: Any) -> Guider | None:
-    found: Guider | None = getattr(denoiser, GUIDER, None)
-    return found
+    guider: Guider | None = getattr(denoiser, GUIDER, None)
+    return guider
 
 
 def remove_guider(denoiser: Any) -> None:

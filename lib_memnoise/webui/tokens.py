@@ -20,8 +20,8 @@ Schedules = list[list[Any]]
 def schedules(prompt: str, *steps: Any) -> Schedules:
     """A prompt's parts with prompt editing; `steps` as the host gives them to its own encoding."""
     _, flat, _ = prompt_parser.get_multicond_prompt_list([prompt])
-    found: Schedules = prompt_parser.get_learned_conditioning_prompt_schedules(list(flat), *steps)
-    return found
+    editing: Schedules = prompt_parser.get_learned_conditioning_prompt_schedules(list(flat), *steps)
+    return editing
 
 
 def step_texts(parts: Schedules, step: int = 0) -> list[str]:
@@ -35,10 +35,10 @@ def text_encoder() -> Any:
     Raises:
         Unsupported: none that memnoise knows.
     """
-    found = next((encoder for encoder in text_encoders() if hasattr(encoder, "tokenize_line")), None)
-    if found is None:
+    encoder = next((encoder for encoder in text_encoders() if hasattr(encoder, "tokenize_line")), None)
+    if encoder is None:
         raise Unsupported("the text encoder cannot be reached")
-    return found
+    return encoder
 
 
 def text_encoders() -> list[Any]:
@@ -126,17 +126,17 @@ def token_texts(text: str) -> list[str]:
     """
     embedder = text_encoder()
     chunks, _ = embedder.tokenize_line(text)
-    found = []
+    texts = []
     for chunk in chunks:
         fixes = {fix.offset: fix.embedding.name for fix in getattr(chunk, "fixes", [])}
         for place, token in enumerate(chunk.tokens):
             if place - 1 in fixes:
-                found.append(f"{fixes[place - 1]} ")
+                texts.append(f"{fixes[place - 1]} ")
             elif token in (embedder.id_start, embedder.id_end, embedder.id_pad):
-                found.append("")
+                texts.append("")
             else:
-                found.append(token_text(embedder, token))
-    return found
+                texts.append(token_text(embedder, token))
+    return texts
 
 
 def token_text(embedder: Any, token: int) -> str:
@@ -160,7 +160,7 @@ def merged(texts: Sequence[str], sizes: Tensor, owners: Sequence[int], images: i
         sizes: ‖∂‖Δ‖/∂e_i‖, `(rows, tokens)`.
         owners: the image of each row.
     """
-    found: list[list[tuple[str, float]]] = [[] for _ in range(images)]
+    words_of_image: list[list[tuple[str, float]]] = [[] for _ in range(images)]
     for row, text in enumerate(texts):
         word, size = "", 0.0
         for token, value in zip(token_texts(text), sizes[row].tolist()):
@@ -168,12 +168,12 @@ def merged(texts: Sequence[str], sizes: Tensor, owners: Sequence[int], images: i
                 continue
             word, size = word + token.rstrip(), max(size, value)
             if token.endswith(" "):
-                found[owners[row]].append((word, size))
+                words_of_image[owners[row]].append((word, size))
                 word, size = "", 0.0
         if word:
-            found[owners[row]].append((word, size))
+            words_of_image[owners[row]].append((word, size))
     result = []
-    for pairs in found:
+    for pairs in words_of_image:
         most = max((size for _, size in pairs), default=0.0) or 1.0
         result.append([(word, size / most) for word, size in pairs])
     return result

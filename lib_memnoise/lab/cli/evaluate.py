@@ -107,7 +107,7 @@ def evaluate(
     if dry_run:
         print(summary(plan or Run(folder).plan))
         return
-    made_by = workflow.Makers(**makers)
+    made_by = workflow.GeneratorOptions(**makers)
     if made_by.dask is not None and len(made_by.urls) > 1:
         raise OneSentence(
             "with --dask one --url is enough: each worker's own (MEMNOISE_URL on a worker where it differs)."

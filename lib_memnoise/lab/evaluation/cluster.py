@@ -163,7 +163,3 @@ def origin(kind: str, url: str, auth: str | None) -> dict[str, Any]:
     from distributed import print as say
 
     return dict(retrying(ATTEMPTS, say)(lambda: generator_of(kind, url, auth).source()))
-
-
-# `command` knows it by this name.
-make = dispatch

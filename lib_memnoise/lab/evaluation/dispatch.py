@@ -271,9 +271,3 @@ def dispatch(
     if len(work.result.gone) == len(generators):
         raise Unanswered(work.result.gone[-1])
     return work.result
-
-
-# `command` knows them by these names.
-Maker = Generator
-Told = DispatchResult
-make = dispatch

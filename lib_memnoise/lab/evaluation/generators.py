@@ -281,8 +281,3 @@ class MiniatureGenerator:
             )
             made.append(GeneratedImage(packed(Image.fromarray(picture), record), record))
         return made
-
-
-# `command` knows them by these names.
-WebUIMaker = WebUIGenerator
-MiniatureMaker = MiniatureGenerator

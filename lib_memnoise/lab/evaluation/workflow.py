@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lib_memnoise.lab.evaluation import cluster, dispatch, metrics
 from lib_memnoise.lab.evaluation.claims import Claim
-from lib_memnoise.lab.evaluation.generators import MiniatureMaker, WebUIMaker
+from lib_memnoise.lab.evaluation.generators import MiniatureGenerator, WebUIGenerator
 from lib_memnoise.lab.evaluation.plan import BadPlan, Plan, curve_of, document, make
 from lib_memnoise.lab.evaluation.prompts import MINIATURE
 from lib_memnoise.lab.evaluation.report import report
@@ -23,7 +23,7 @@ from lib_memnoise.lab.miniature import OneSentence
 
 
 @dataclass(frozen=True, kw_only=True)
-class Makers:
+class GeneratorOptions:
     """Who makes the images: WebUIs, the workers of a Dask scheduler, or the miniature."""
 
     urls: Sequence[str] = ()
@@ -48,7 +48,7 @@ class Evaluated:
     results: Results
     claims: Sequence[Claim]
     page: Path
-    told: dispatch.Told
+    told: dispatch.DispatchResult
 
 
 def plan_of(folder: Path, name: str | None, changes: Mapping[str, Any]) -> Plan | None:
@@ -78,7 +78,7 @@ def plan_of(folder: Path, name: str | None, changes: Mapping[str, Any]) -> Plan 
     return make(merged, called, prompts, references)
 
 
-def evaluate(folder: Path, plan: Plan | None, makers: Makers, options: metrics.Options) -> Evaluated:
+def evaluate(folder: Path, plan: Plan | None, wanted: GeneratorOptions, options: metrics.Options) -> Evaluated:
     """Make, measure and report; goes on where a run was stopped. Without a plan it is the run's own."""
     with writing(folder):
         run = Run(folder, writing=True) if plan is None else Run.begin(folder, plan)
@@ -87,7 +87,7 @@ def evaluate(folder: Path, plan: Plan | None, makers: Makers, options: metrics.O
         if lost:
             say(f"{lost} pictures of the run are gone; they are made again.")
         try:
-            told = generate(run, makers)
+            told = generate(run, wanted)
         except (KeyboardInterrupt, OneSentence, OSError):
             say(f"{run.done} of {run.plan.total} images are there; the same command goes on.")
             raise
@@ -113,31 +113,31 @@ def say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def generate(run: Run, makers: Makers) -> dispatch.Told:
+def generate(run: Run, wanted: GeneratorOptions) -> dispatch.DispatchResult:
     """Make what is missing of a run."""
     if run.done == run.plan.total:
-        return dispatch.Told()
+        return dispatch.DispatchResult()
     units = run.missing(run.plan.batch)
-    urls = makers.urls
+    urls = wanted.urls
     with tqdm(total=run.plan.total, initial=run.done, unit=" images", smoothing=0.05) as bar:
 
         def keep(unit: Any, made: Any) -> None:
             run.keep(unit, made)
             bar.update(len(made))
 
-        if makers.dask is not None:
+        if wanted.dask is not None:
             url = urls[0] if urls else ("" if run.plan.document["prompts"] == MINIATURE else "http://127.0.0.1:7860")
-            return cluster.make(
-                makers.dask, units, run.plan.request, keep, run.made_by,
-                kind=makers.variant, url=url, auth=makers.auth, say=say,
+            return cluster.dispatch(
+                wanted.dask, units, run.plan.request, keep, run.made_by,
+                kind=wanted.variant, url=url, auth=wanted.auth, say=say,
             )  # fmt: skip
-        each: list[dispatch.Maker] = []
+        each: list[dispatch.Generator] = []
         if urls:
-            each += [WebUIMaker(url, makers.auth, makers.timeout) for url in dict.fromkeys(urls)]
+            each += [WebUIGenerator(url, wanted.auth, wanted.timeout) for url in dict.fromkeys(urls)]
         else:
             import torch
 
             # Its layers are too small to be divided among threads.
             torch.set_num_threads(1)
-            each += [MiniatureMaker(makers.variant) for _ in range(makers.threads)]
-        return dispatch.make(each, units, run.plan.request, keep, run.made_by, patience=makers.attempts, say=say)
+            each += [MiniatureGenerator(wanted.variant) for _ in range(wanted.threads)]
+        return dispatch.dispatch(each, units, run.plan.request, keep, run.made_by, patience=wanted.attempts, say=say)

@@ -256,7 +256,7 @@ class WrapperGuider(Guider):
             return out
         rows = list(range(self._offset, self._offset + x.shape[0]))
         self._offset += x.shape[0]
-        return self.answer(rows, x, sigma, **kwargs)
+        return self.outputs_of(rows, x, sigma, **kwargs)
 
     def evaluate(self, rows: list[int], x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         self._cached.attention = self.attention_of(rows)

@@ -131,7 +131,7 @@ class PatchGuider(Guider):
                     rows.append(last if mark == UNCOND else own[part] if part is not None else ELSEWHERE)
         self._rows = rows
         self._c = c
-        return self.answer(rows, x, sigma, c=c)
+        return self.outputs_of(rows, x, sigma, c=c)
 
     def apply_model(self, x: Tensor, sigma: Tensor, c: dict[str, Any]) -> Tensor:
         """The network behind this guider."""

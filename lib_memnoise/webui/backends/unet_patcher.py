@@ -43,13 +43,13 @@ from lib_memnoise.webui.sampler_start import in_sigmas, in_timesteps
 def fingerprint(value: Any) -> Any:
     """Of a U-Net's options: equal for equal ones, and memnoise's own gate left out."""
     if isinstance(value, Mapping):
-        found = []
+        entries = []
         for key, entry in value.items():
             if key == WRAPPER and hasattr(entry, "memnoise_inner"):
                 entry = entry.memnoise_inner
             if entry is not None:
-                found.append((key, fingerprint(entry)))
-        return tuple(found)
+                entries.append((key, fingerprint(entry)))
+        return tuple(entries)
     if isinstance(value, (list, tuple)):
         return tuple(fingerprint(entry) for entry in value)
     return value if isinstance(value, (str, int, float, bool, type(None))) else id(value)
@@ -146,9 +146,9 @@ class UnetPatcherBackend(WebuiBackend):
 
     def _conditions(self, query: DeltaQuery, inputs: Tensor) -> Conditions:
         """Of unconditional rows, as the network gets them."""
-        found = host().function("compile")(query.uncond)[0]
-        self._complete([found], query, inputs)
-        return {key: value.cond for key, value in found["model_conds"].items()}
+        compiled = host().function("compile")(query.uncond)[0]
+        self._complete([compiled], query, inputs)
+        return {key: value.cond for key, value in compiled["model_conds"].items()}
 
     def _complete(self, conds: list[Any], query: DeltaQuery, inputs: Tensor) -> None:
         """What the host's denoiser gives the network of the picture and of ControlNets."""
@@ -181,7 +181,7 @@ class UnetPatcherBackend(WebuiBackend):
         host().function("evaluate")(unet.model, conds, unconds, inputs, query.step.at.repeat(images), options)
 
         count = 0 if cond is None else sum(map(len, query.parts))
-        found: list[tuple[Conditions, Tensor]] = [({}, inputs[:1])] * (count + images)
+        outputs: list[tuple[Conditions, Tensor]] = [({}, inputs[:1])] * (count + images)
         for call in calls:
             for chunk, mark in enumerate(call.marks):
                 place = slice(chunk * images, (chunk + 1) * images)
@@ -189,7 +189,7 @@ class UnetPatcherBackend(WebuiBackend):
                 part = None if mark == UNCOND else which_part(given["c_crossattn"], cond, rows_of_part)
                 rows = range(count, count + images) if mark == UNCOND else rows_of_part[part or 0]
                 for k, row in enumerate(rows):
-                    found[row] = {key: value[k : k + 1] for key, value in given.items()}, call.out[place][k : k + 1]
+                    outputs[row] = {key: value[k : k + 1] for key, value in given.items()}, call.out[place][k : k + 1]
 
         def group(part: list[tuple[Conditions, Tensor]]) -> tuple[Conditions, Tensor]:
             shapes = {tuple(given["c_crossattn"].shape) for given, _ in part if given}
@@ -199,7 +199,7 @@ class UnetPatcherBackend(WebuiBackend):
             )
             return together, torch.cat([out for _, out in part])
 
-        return [group(part) if part else ({}, inputs[:0]) for part in (found[:count], found[count:])]
+        return [group(part) if part else ({}, inputs[:0]) for part in (outputs[:count], outputs[count:])]
 
     def native(self, difference: Tensor, at: Tensor) -> Tensor:
         return difference / gain(patcher().model, at)

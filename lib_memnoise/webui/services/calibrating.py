@@ -59,13 +59,13 @@ def parse(body: Any) -> tuple[Request, str, list[str]]:
         raise BadRequest(f"memnoise: source = {source} {rule}.")
     notes: list[str] = []
     if source == "recent":
-        found = recent_prompts.prompts(MOST_RECENT)
-        notes = found.notes()
-        if len(found.prompts) < calibration.FEWEST:
+        recent = recent_prompts.prompts(MOST_RECENT)
+        notes = recent.notes()
+        if len(recent.prompts) < calibration.FEWEST:
             raise BadRequest(
                 f"memnoise: to calibrate it takes {calibration.FEWEST} different prompts; " + "; ".join(notes) + "."
             )
-        given["prompts"] = found.prompts
+        given["prompts"] = recent.prompts
     elif source == "built-in":
         given["prompts"] = ordinary_prompts()
     return (
@@ -75,16 +75,16 @@ def parse(body: Any) -> tuple[Request, str, list[str]]:
     )
 
 
-def answer(wanted: Request, source: str, notes: list[str]) -> dict[str, Any]:
+def calibrate_as_json(wanted: Request, source: str, notes: list[str]) -> dict[str, Any]:
     """Calibrate, and say what came of it, as JSON; the caller holds the host's queue."""
     made, scored = scoring.calibrate(wanted, source)
     top = sorted(scored, key=lambda image: -image.score)[:SHOWN]
     if source != "built-in":
-        notes = [*notes, "if one of these is memorised, the threshold is too high: " + ", ".join(map(shown, top))]
+        notes = [*notes, "if one of these is memorised, the threshold is too high: " + ", ".join(map(described, top))]
     return {**scoring.summary(made), "notes": notes}
 
 
-def shown(image: ScoredImage) -> str:
+def described(image: ScoredImage) -> str:
     prompt = " ".join(image.prompt.split())
     return f"{image.score:.4g} “{prompt if len(prompt) <= 80 else prompt[:77] + '...'}”"
 
@@ -181,7 +181,7 @@ def raise_if_second_pass_lacks_one(backend: WebuiBackend, p: Any, settings: Sett
 def failure(error: Exception) -> str:
     """Why calibrating failed, in a sentence."""
     if isinstance(error, scoring.REFUSALS):
-        return scoring.said(error)
+        return scoring.sentence_of(error)
     errors.report("memnoise: the checkpoint could not be calibrated", exc_info=True)
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if is_out_of_memory(error):

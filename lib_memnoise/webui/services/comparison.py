@@ -152,7 +152,7 @@ def compare(request: Request, chosen: list[dict[str, Any]], reference: Image.Ima
         if stopped:
             raise Stopped("memnoise: interrupted.")
         raise BadRequest(f"memnoise: no picture could be generated: {cells[0].failed}.")
-    return Compared(drawn(rows, cells, chosen, seeds), cells, stopped)
+    return Compared(render_grid(rows, cells, chosen, seeds), cells, stopped)
 
 
 def was_cut_short(done: bool, failed: str | None) -> bool:
@@ -174,8 +174,8 @@ def generated(
         setattr(p, session.LOOKS, True)
         p.script_args = [True, settings, *[None] * (len(SLOTS) - 2)]
         with no_prompt_history():
-            found = processing.process_images(p).images
-        return list(found[-len(seeds) :]), getattr(p, session.GENERATION, None), None
+            pictures = processing.process_images(p).images
+        return list(pictures[-len(seeds) :]), getattr(p, session.GENERATION, None), None
     except Exception as error:
         errors.report("memnoise: a method of the comparison failed", exc_info=True)
         return [], getattr(p, session.GENERATION, None), str(error).strip().split("\n")[0] or type(error).__name__
@@ -208,7 +208,7 @@ def tensor(pictures: list[Image.Image]) -> Tensor:
     ).float() / 255  # fmt: skip
 
 
-def drawn(
+def render_grid(
     rows: list[list[Image.Image]], cells: list[Cell], chosen: list[dict[str, Any]], seeds: list[int]
 ) -> Image.Image:
     """The grid: a row for each method, a column for each seed, numbers under every picture."""
@@ -221,7 +221,7 @@ def drawn(
         [label(settings) for settings in chosen[: len(rows)]],
         images.get_font,
     )
-    return sheet.drawn(
+    return sheet.render(
         laid, rows, background=getattr(shared.opts, "grid_background_color", "#ffffff"),
         ink=getattr(shared.opts, "grid_text_active_color", "#000000"),
     )  # fmt: skip
@@ -239,7 +239,7 @@ def caption(cell: Cell) -> list[str]:
     return [text for text in numbers if text]
 
 
-def answer(request: Request, chosen: list[dict[str, Any]], reference: Image.Image | None) -> dict[str, Any]:
+def compare_as_json(request: Request, chosen: list[dict[str, Any]], reference: Image.Image | None) -> dict[str, Any]:
     """`compare`, as JSON."""
     result = compare(request, chosen, reference)
     return {

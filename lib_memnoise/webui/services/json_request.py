@@ -97,7 +97,7 @@ def need(ok: bool, name: str, value: Any, rule: str, known: Mapping[str, str] | 
         raise BadRequest(f"memnoise: {name} = {echo(value)} is not valid{hint}; it must be {rule}.")
 
 
-def text(name: str, value: Any, rule: str = "a text") -> str:
+def read_text(name: str, value: Any, rule: str = "a text") -> str:
     need(isinstance(value, str), name, value, rule)
     need(is_encodable(value), name, value, "a text that can be encoded, without unpaired surrogates")
     if len(value) > MOST_CHARACTERS:
@@ -107,9 +107,9 @@ def text(name: str, value: Any, rule: str = "a text") -> str:
 
 def prompt(name: str, value: Any, rule: str = "a text") -> str:
     """A text that the host can read in its time."""
-    found = text(name, value, rule)
+    checked = read_text(name, value, rule)
     depth = nested = 0
-    plain = re.sub(r"\\.", "", found)
+    plain = re.sub(r"\\.", "", checked)
     for bracket in re.findall(r"[][()]", plain):
         depth = max(depth + (1 if bracket in "([" else -1), 0)
         nested = max(nested, depth)
@@ -117,18 +117,18 @@ def prompt(name: str, value: Any, rule: str = "a text") -> str:
         raise BadRequest(f"memnoise: {name} has {nested} brackets within one another; it may have {MOST_NESTED}.")
     if plain.count("[") > MOST_SQUARE:
         raise BadRequest(f"memnoise: {name} has {plain.count('[')} square brackets; it may have {MOST_SQUARE}.")
-    return found
+    return checked
 
 
 def prompts(name: str, value: Any) -> tuple[str, ...]:
     rule = "a text or a list of texts"
     need(value not in ([], ()), name, value, f"{rule}, at least one")
-    found = tuple(prompt(name, one, rule) for one in listed(value))
-    need(all(one.strip() for one in found), name, value, f"{rule} that are not empty: an empty prompt has no score")
-    return found
+    texts = tuple(prompt(name, one, rule) for one in as_list(value))
+    need(all(one.strip() for one in texts), name, value, f"{rule} that are not empty: an empty prompt has no score")
+    return texts
 
 
-def listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """What is no list as one of itself."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -141,8 +141,8 @@ def whole(value: Any, low: int, high: int) -> bool:
 
 def seeds(name: str, value: Any) -> tuple[int, ...]:
     rule = f"a whole number from -1 (a random one) to {MOST_SEED}, or a list of them"
-    need(value not in ([], ()) and all(whole(one, -1, MOST_SEED) for one in listed(value)), name, value, rule)
-    return tuple(int(one) for one in listed(value))
+    need(value not in ([], ()) and all(whole(one, -1, MOST_SEED) for one in as_list(value)), name, value, rule)
+    return tuple(int(one) for one in as_list(value))
 
 
 def size(name: str, value: Any) -> int:
@@ -171,7 +171,7 @@ def sampler_name(name: str, value: Any) -> str:
 def scheduler(name: str, value: Any) -> str:
     """A schedule type by its name or label; where the host has no list of them, any text."""
     if quirks.has("schedules are in sampler names"):
-        return text(name, value)
+        return read_text(name, value)
     from modules.sd_schedulers import schedulers
 
     if isinstance(value, str) and value in {one.name for one in schedulers}:
@@ -181,16 +181,16 @@ def scheduler(name: str, value: Any) -> str:
 
 def styles(name: str, value: Any) -> tuple[str, ...]:
     """Names of the host's saved styles; it would ignore others."""
-    found = tuple(text(name, one, "a text or a list of texts") for one in listed(value))
+    names = tuple(read_text(name, one, "a text or a list of texts") for one in as_list(value))
     saved = getattr(getattr(shared, "prompt_styles", None), "styles", None)
     if saved is None:
-        return found
-    for one in found:
+        return names
+    for one in names:
         if saved:
             one_of(name, one, {style: style for style in saved})
         else:
             need(False, name, one, "empty, for no styles are saved in this WebUI")
-    return found
+    return names
 
 
 def one_of(name: str, value: Any, known: Mapping[str, str]) -> str:

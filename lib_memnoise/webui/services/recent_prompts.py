@@ -31,9 +31,9 @@ class Recent:
     """Of them, those that memnoise took for memorised: they are left out."""
 
     def notes(self) -> list[str]:
-        found = f"{self.pictures} pictures of {self.folder} have {len(self.prompts)} different prompts"
+        counts = f"{self.pictures} pictures of {self.folder} have {len(self.prompts)} different prompts"
         left_out = f"{self.flagged} pictures are left out that were flagged as memorised"
-        return [found, *([left_out] if self.flagged else [])]
+        return [counts, *([left_out] if self.flagged else [])]
 
 
 def prompts(most: int) -> Recent:
@@ -43,22 +43,22 @@ def prompts(most: int) -> Recent:
     says nothing of its prompt, and counts.
     """
     folder = Path(shared.opts.outdir_samples or shared.opts.outdir_txt2img_samples)
-    found = Recent(str(folder))
+    recent = Recent(str(folder))
     for path in newest(folder):
         infotext = read(path)
         if not infotext:
             continue
         params = infotext_utils.parse_generation_parameters(infotext)
-        found.pictures += 1
+        recent.pictures += 1
         if params.get(f"{INFOTEXT} mitigated") == "True":
-            found.flagged += 1
+            recent.flagged += 1
             continue
         # The host may have taken styles for themselves.
         prompt = shared.prompt_styles.apply_styles_to_prompt(params.get("Prompt", ""), params.get("Styles array") or [])
-        found.prompts = distinct([*found.prompts, extra_networks.parse_prompt(prompt)[0]], most)
-        if len(found.prompts) == most:
+        recent.prompts = distinct([*recent.prompts, extra_networks.parse_prompt(prompt)[0]], most)
+        if len(recent.prompts) == most:
             break
-    return found
+    return recent
 
 
 def newest(folder: Path) -> Iterator[Path]:

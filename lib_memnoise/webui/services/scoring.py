@@ -49,7 +49,7 @@ REFUSALS = (BadRequest, Stopped, Unsupported, calibration.BadCalibration)
 """What may come of a request but an answer."""
 
 
-def said(refusal: Exception) -> str:
+def sentence_of(refusal: Exception) -> str:
     """One of `REFUSALS` in a sentence."""
     return str(refusal) if isinstance(refusal, (BadRequest, Stopped)) else f"memnoise: {refusal}."
 
@@ -91,14 +91,14 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
         )
         with left_as_it_was(self):
             predictor = current.predictor()
-            found = self.word_scores(x, predictor) if self.wants_words else [[] for _ in x]
+            words = self.word_scores(x, predictor) if self.wants_words else [[] for _ in x]
             if not self.wants_words:
                 predictor(x)
         for k, report in enumerate(reports):
             assert report.before is not None
             rows = report.forward_rows + report.backward_rows
             self.scored.append(
-                ScoredImage(self.prompts[k], self.seeds[k], report.before, rows, predictor.step.t, found[k])
+                ScoredImage(self.prompts[k], self.seeds[k], report.before, rows, predictor.step.t, words[k])
             )
         nothing = torch.zeros(3, 8, 8)
         return processing.DecodedSamples([nothing for _ in x])
@@ -227,23 +227,25 @@ def calibrate(request: Request, source: str = "built-in") -> tuple[Calibration, 
         raise BadRequest(
             f"memnoise: to calibrate it takes {calibration.FEWEST} different prompts; these are {len(prompts)}."
         )
-    found: list[ScoredImage] = []
+    scored_images: list[ScoredImage] = []
     shared.state.job_count = math.ceil(len(prompts) / BATCH)
     for start in range(0, len(prompts), BATCH):
         shared.state.textinfo = f"Memnoise: calibrating the checkpoint, {start} of {len(prompts)} prompts"
         part = list(prompts[start : start + BATCH])
         seeds = list(range(start, start + len(part)))
         try:
-            found += run_probe(request, part, seeds)
+            scored_images += run_probe(request, part, seeds)
         except Mixed:
-            found += [scored for prompt, seed in zip(part, seeds) for scored in run_probe(request, [prompt], [seed])]
-    made = calibration.make(
-        calibrations.key(detect(), found[0].timestep, request.width, request.height),
-        [scored.score for scored in found],
+            scored_images += [
+                scored for prompt, seed in zip(part, seeds) for scored in run_probe(request, [prompt], [seed])
+            ]
+    made = calibration.make_calibration(
+        calibrations.key(detect(), scored_images[0].timestep, request.width, request.height),
+        [scored.score for scored in scored_images],
         source,
     )
     calibrations.store().save(made)
-    return made, found
+    return made, scored_images
 
 
 def summary(made: Calibration, rate: float = RATE) -> dict[str, Any]:
@@ -276,10 +278,10 @@ def verdict(score: float, rate: float, known: Calibration | None) -> str:
     return "ordinary" if known.percentile(score) <= 90 else "ordinary, among the higher scores"
 
 
-def answer(request: Request, rate: float = RATE) -> dict[str, Any]:
+def score_as_json(request: Request, rate: float = RATE) -> dict[str, Any]:
     """`score`, with what the calibration says of it, as JSON. Without a calibration there is no verdict."""
-    found = score(request)
-    known, notes = calibrations.serving(detect(), found[0].timestep, request.width, request.height)
+    scored_images = score(request)
+    known, notes = calibrations.serving(detect(), scored_images[0].timestep, request.width, request.height)
     threshold = known.threshold(rate) if known else None
     images = [
         {
@@ -292,12 +294,12 @@ def answer(request: Request, rate: float = RATE) -> dict[str, Any]:
             "rows": scored.rows,
             **({"words": [list(pair) for pair in scored.words]} if request.words else {}),
         }
-        for scored in found
+        for scored in scored_images
     ]
     if known is None:
         notes.append(
             f"this checkpoint is not calibrated at {request.width}x{request.height} and first timestep "
-            f'{found[0].timestep:g}; "Calibrate checkpoint" on the page, POST /memnoise/v1/calibrate or '
+            f'{scored_images[0].timestep:g}; "Calibrate checkpoint" on the page, POST /memnoise/v1/calibrate or '
             f"python -m lib_memnoise calibrate does it once, for {2 * calibration.ORDINARY} network rows"
         )
     return {
@@ -305,6 +307,6 @@ def answer(request: Request, rate: float = RATE) -> dict[str, Any]:
         "threshold": threshold,
         "calibrated": known is not None,
         "calibration": None if known is None else summary(known, rate),
-        "timestep": found[0].timestep,
+        "timestep": scored_images[0].timestep,
         "notes": notes,
     }

@@ -107,7 +107,7 @@ def lay_out(
     return Sheet(beside + len(columns) * cell, top, font, texts, pictures)
 
 
-def drawn(sheet: Sheet, rows: Sequence[Sequence[Image.Image]], *, background: str, ink: str) -> Image.Image:
+def render(sheet: Sheet, rows: Sequence[Sequence[Image.Image]], *, background: str, ink: str) -> Image.Image:
     """The sheet with these pictures, a row that has none being empty."""
     made = Image.new("RGB", (sheet.width, sheet.height), background)
     draw = ImageDraw.Draw(made)

@@ -56,7 +56,7 @@ def document(generation: Generation) -> dict[str, Any]:
                 "tau": report.used.get("tau"),
                 "transition": report.transition,
                 "points": [asdict(point) for point in report.trace],
-                "drawn": [asdict(point) for point in report.drawn],
+                "drawn": [asdict(point) for point in report.baseline],
                 "hires": [asdict(point) for point in report.hires.trace] if report.hires else [],
             }
             for (batch, place), report in sorted(generation.images.items())

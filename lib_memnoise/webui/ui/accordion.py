@@ -57,14 +57,14 @@ CHOOSING = ("method", "preset", "when", "guidance", "rule")
 def classes(name: str) -> list[str]:
     """What the page's script shows and hides a control by."""
     spec = SPECS[name]
-    found = ["memnoise-custom"] if spec.preset else []
+    names = ["memnoise-custom"] if spec.preset else []
     if spec.methods:
-        found += ["memnoise-part", *(f"memnoise-{method}" for method in spec.methods)]
+        names += ["memnoise-part", *(f"memnoise-{method}" for method in spec.methods)]
     if spec.only is not None:
-        found += ["memnoise-only", *(f"memnoise-only-{spec.only[0]}-{value}" for value in spec.only[1:])]
+        names += ["memnoise-only", *(f"memnoise-only-{spec.only[0]}-{value}" for value in spec.only[1:])]
     for method, (other, *values) in (spec.only_with or {}).items():
-        found += [f"memnoise-with-{method}", *(f"memnoise-with-{method}-{other}-{value}" for value in values)]
-    return found
+        names += [f"memnoise-with-{method}", *(f"memnoise-with-{method}-{other}-{value}" for value in values)]
+    return names
 
 
 def build(elem_id: Callable[[str], str], page: Page) -> tuple[list[Any], list[tuple[Any, Any]]]:

@@ -109,17 +109,21 @@ class Page:
         if self.has_buttons:
             self._connect_buttons()
         made.component.change(
-            fn=told, inputs=[made.component], outputs=[self.plot, self.failed], show_progress=False, queue=False
+            fn=generation_outputs,
+            inputs=[made.component],
+            outputs=[self.plot, self.failed],
+            show_progress=False,
+            queue=False,
         )
 
     def _connect_buttons(self) -> None:
-        names, found = tuple(self.inputs), list(self.inputs.values())
+        names, components = tuple(self.inputs), list(self.inputs.values())
         more = {"source": self.source, "captions": self.captions}
         for button, run, own in ((self.check, checked, {}), (self.calibrate, calibrated, more)):
             function = call_queue.wrap_gradio_gpu_call(answering(run, (*names, *own)), extra_outputs=[gr.update()])
             button.click(
                 fn=function,
-                inputs=[self.task, *found, *own.values()],
+                inputs=[self.task, *components, *own.values()],
                 outputs=[self.words, self.verdict],
                 show_progress=False,
                 **{JS: "memnoiseTask"},
@@ -127,7 +131,7 @@ class Page:
         function = call_queue.wrap_gradio_gpu_call(comparing(names), extra_outputs=[gr.update()])
         self.compare.click(
             fn=function,
-            inputs=[self.task, self.methods, self.reference, *found],
+            inputs=[self.task, self.methods, self.reference, *components],
             outputs=[self.grid, self.verdict],
             show_progress=False,
             **{JS: "memnoiseTask"},
@@ -159,7 +163,7 @@ def as_sent(upload: Any) -> Any:
 
 def refused(error: Exception) -> str:
     """One of `scoring.REFUSALS` as HTML."""
-    return f"<div class='error'>{html.escape(scoring.said(error))}</div>"
+    return f"<div class='error'>{html.escape(scoring.sentence_of(error))}</div>"
 
 
 def comparing(names: Sequence[str]) -> Callable[..., list[Any]]:
@@ -183,11 +187,14 @@ def comparing(names: Sequence[str]) -> Callable[..., list[Any]]:
                 info=f"{wanted[0].prompts[0]}\nSteps: {wanted[0].steps}, Sampler: {wanted[0].sampler_name}, "
                 f"CFG scale: {wanted[0].cfg_scale:g}, Seed: {result.cells[0].seed}, Script: Memnoise comparison",
             )  # fmt: skip
-        told = [
+        sentences = [
             f"{METHODS[cell.method].label}, seed {cell.seed}: {cell.failed}" for cell in result.cells if cell.failed
         ]
-        told += ["Interrupted: the other methods are missing"] if result.stopped else []
-        return [gr.update(value=result.grid, visible=True), "".join(f"<p>{html.escape(text)}.</p>" for text in told)]
+        sentences += ["Interrupted: the other methods are missing"] if result.stopped else []
+        return [
+            gr.update(value=result.grid, visible=True),
+            "".join(f"<p>{html.escape(text)}.</p>" for text in sentences),
+        ]
 
     return answer
 
@@ -212,10 +219,10 @@ def first_seed(value: Any) -> int:
 
 def checked(given: dict[str, Any]) -> Answer:
     """Scores of the batch that Generate would make, as a table, and the words that they come from."""
-    answer = scoring.answer(json_request.parse({**seeded(given), "words": True}))
-    found = answer["images"]
-    significance = [sum(image["words"][k][1] for image in found) / len(found) for k in range(len(found[0]["words"]))]
-    words = [(f"{word} ", size) for (word, _), size in zip(found[0]["words"], significance)]
+    answer = scoring.score_as_json(json_request.parse({**seeded(given), "words": True}))
+    scored = answer["images"]
+    significance = [sum(image["words"][k][1] for image in scored) / len(scored) for k in range(len(scored[0]["words"]))]
+    words = [(f"{word} ", size) for (word, _), size in zip(scored[0]["words"], significance)]
     return words, table(answer)
 
 
@@ -252,7 +259,7 @@ def calibrated(given: dict[str, Any]) -> Answer:
     source = next(name for name, label in SOURCE_LABELS.items() if label == given["source"])
     if source == "own":
         body["prompts"] = distinct((given["captions"] or "").splitlines(), MOST)
-    made = calibrating.answer(*calibrating.parse({**body, "source": source}))
+    made = calibrating.calibrate_as_json(*calibrating.parse({**body, "source": source}))
     notes = "".join(f"<p>{html.escape(note[:1].upper() + note[1:])}.</p>" for note in made["notes"])
     return [], (
         f"<p>Calibrated at {made['width']}x{made['height']}: {made['text']} score {made['lowest']:.4g} to "
@@ -262,7 +269,7 @@ def calibrated(given: dict[str, Any]) -> Answer:
     )
 
 
-def told(info: str) -> list[Any]:
+def generation_outputs(info: str) -> list[Any]:
     """What the page shows of a finished request: the trace's plot, if there is one, and why cells of a plot failed."""
     try:
         params = json.loads(info)["extra_generation_params"]
@@ -280,5 +287,5 @@ def plotted(name: Any) -> Any:
         return gr.update(value=None, visible=False)
     from lib_memnoise.core import plots
 
-    drawn = plots.chart(trace)
-    return gr.update(value=drawn, visible=drawn is not None)
+    chart = plots.chart(trace)
+    return gr.update(value=chart, visible=chart is not None)

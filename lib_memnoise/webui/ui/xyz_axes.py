@@ -98,11 +98,11 @@ def axes_of(p: Any, script: Any) -> list[tuple[Any, Any, Any]]:
     """The plot's three axes: what each is over (None: nothing that the plot knows), its text, what is chosen for it."""
     options = script.current_axis_options
     args = p.script_args[script.args_from : script.args_to]
-    found = []
+    axes = []
     for kind, text, chosen in (args[3 * number : 3 * number + 3] for number in range(3)):
         known = kind is None or (isinstance(kind, int) and -len(options) <= kind < len(options))
-        found.append((options[kind or 0] if known else None, text, chosen))
-    return found
+        axes.append((options[kind or 0] if known else None, text, chosen))
+    return axes
 
 
 def refused_axis(p: Any) -> Refusal | None:
