@@ -1,4 +1,4 @@
-"""Errors, and the words of a sentence about bad input: the value as given, shortened, and what was likely meant."""
+"""Errors, and the parts of a sentence about bad input: the value, shortened, and the name that was likely meant."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """The user asked to interrupt or skip."""
+    """The user has asked to interrupt or skip."""
 
 
 class Unsupported(RuntimeError):
-    """What memnoise cannot work with, in one sentence."""
+    """Something that memnoise cannot work with; the message is one sentence."""
 
 
 class NotCalibrated(Unsupported):
@@ -22,17 +22,17 @@ class NotCalibrated(Unsupported):
 
 
 class SettingError(ValueError):
-    """A setting that cannot be used. The message is one sentence: name, value and what would be right."""
+    """A setting that cannot be used. The message is one sentence with its name, its value and what would be valid."""
 
 
 MOST = 80
-"""Characters of a value that a sentence repeats."""
+"""The most characters of a value that a sentence repeats."""
 
 
 def echo(value: Any, most: int = MOST) -> str:
-    """A value as JSON, in at most `most` printable characters that any encoding of Unicode takes.
+    """A value as JSON, in at most `most` printable characters that every encoding of Unicode can represent.
 
-    Raises nothing, whatever the value: numbers of any length, unpaired surrogates, nesting of any depth.
+    It never raises, whatever the value: numbers of any length, unpaired surrogates, nesting of any depth.
     """
     text = ""
     for piece in _pieces(value, most):
@@ -43,7 +43,7 @@ def echo(value: Any, most: int = MOST) -> str:
 
 
 def _pieces(value: Any, most: int) -> Iterator[str]:
-    """JSON from left to right; who reads on only as far as there is room meets no depth or length without end."""
+    """A value as JSON, piece by piece from left to right, so that the caller can stop at any depth and length."""
     if isinstance(value, str):
         yield f'"{printable(value[: most + 1])}"'
     elif value is None or isinstance(value, (bool, float)):
@@ -69,12 +69,12 @@ def _pieces(value: Any, most: int) -> Iterator[str]:
 
 
 def printable(text: str) -> str:
-    """Text in which quotation marks, line ends, unpaired surrogates and the like are escaped as in JSON."""
+    """The text with quotation marks, line ends, unpaired surrogates and the like escaped as in JSON."""
     return "".join(c if c.isprintable() and c not in '"\\' else json.dumps(c)[1:-1] for c in text)
 
 
 def _digits(value: int) -> str:
-    # Python refuses to write out very long ones.
+    # Python refuses to convert very long integers to text.
     if value.bit_length() <= 256:
         return str(value)
     at_most = int(value.bit_length() * math.log10(2)) + 1
@@ -83,12 +83,16 @@ def _digits(value: int) -> str:
 
 
 def is_encodable(text: str) -> bool:
-    """Whether every encoding of Unicode takes it; JSON may hold half a surrogate pair, which none does."""
+    """Whether a text can be encoded. JSON may hold half a surrogate pair, which no encoding can represent."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def likeliest(given: Any, known: Mapping[str, str]) -> str | None:
-    """The name that was likely meant by one that is unknown, of names and what people see for them."""
+    """The known name that was likely meant by an unknown one; None where nothing is similar.
+
+    Args:
+        known: names, and what people see for them.
+    """
     if not isinstance(given, str) or not given:
         return None
     table = {_plain(text): name for name, label in known.items() for text in (label, name)}
@@ -102,6 +106,6 @@ def _plain(text: str) -> str:
 
 
 def meant(given: Any, known: Mapping[str, str]) -> str:
-    """`likeliest` as a part of a sentence behind the unknown name; empty if nothing is alike."""
+    """`likeliest` as a parenthesis that follows the unknown name in a sentence; empty where nothing is similar."""
     name = likeliest(given, known)
     return "" if name is None else f" (did you mean {echo(name)}?)"

@@ -1,7 +1,7 @@
-"""The table of mitigation methods, each a module of `lib_memnoise.methods`.
+"""The table of mitigation methods, each of which is a module of `lib_memnoise.methods`.
 
-To add a method, write its module and add a row here; its own settings are rows of `lib_memnoise.settings`.
-The table imports no torch: a method's module is loaded when it first runs.
+To add a method, write its module and add a row here; its own settings are fields of `lib_memnoise.settings`.
+The table does not import torch: a method's module is loaded when the method first runs.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: what people see of a method, and what a sampler needs to know of it."""
+    """A row of the table: a method's texts on the page, and what a sampler needs to know about it."""
 
     label: str
     help: str
     guidance: str
     """When guidance starts unless the settings say otherwise: at the "first" step, at "tau" or at the "transition"."""
     needs_gradient: bool = False
-    """Back-propagates through the network."""
+    """Whether the method back-propagates through the network."""
     module: str = ""
-    """The module of `lib_memnoise.methods`, where it is not named like the method."""
+    """The module of `lib_memnoise.methods`; empty where it has the method's name."""
 
 
 METHODS: dict[str, Method] = {
@@ -107,4 +107,4 @@ METHODS: dict[str, Method] = {
 }
 
 USUAL = ("none", "static", "batch_wise", "per_sample")
-"""The methods that are compared unless others are asked for."""
+"""The methods that are compared by default."""

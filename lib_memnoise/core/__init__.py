@@ -1,1 +1,1 @@
-"""What is measured and reported, in tensors and plain values; no host and no network."""
+"""Measurements and reports, in tensors and plain values. Nothing here knows a host or a network."""

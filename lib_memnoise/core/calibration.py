@@ -1,8 +1,8 @@
-"""What a checkpoint's scores of ordinary prompts say of another score.
+"""Calibration: a checkpoint's scores of ordinary prompts, and what they say about other scores.
 
-A score is ‖Δ(x_T, T)‖. No threshold is published, and scores differ between checkpoints, sizes and timesteps; so they
-are compared with those of ordinary prompts on the same checkpoint (Wen et al. 2024 report theirs at a fixed rate of
-false positives).
+A score is ‖Δ(x_T, T)‖. No threshold is published, and scores differ between checkpoints, sizes and timesteps; so a
+score is compared with those of ordinary prompts on the same checkpoint (Wen et al. 2024 report theirs at a fixed rate
+of false positives).
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from typing import Any
 
 FORMAT = 1
 FEWEST = 20
-"""Scores without which there is no distribution to speak of."""
+"""The fewest scores that make a calibration."""
 MOST = 256
-"""Prompts of one calibration."""
+"""The most prompts of a calibration."""
 STRENGTH = 0.63
-"""γ̃ times the ‖Δ‖ that counts as ordinary: 0.7 · 0.9 with SD 1.4's published values. SD 2.0's give 0.48, or 0.63 with
-their conversion by 14.65 throughout. Inferred: nothing is published for other checkpoints."""
+"""γ̃ times the ‖Δ‖ that counts as ordinary: 0.7 · 0.9 with SD 1.4's published values. SD 2.0's give 0.48, or 0.63 if all
+of them are converted by 14.65. This is inferred; nothing is published for other checkpoints."""
 
 TOLERANCE = 50
-"""Timesteps by which a calibration's first one may differ from that of an image that is judged by it, converted: on the
-miniature's ordinary prompts no more false positives come of it than of having only 120 prompts (at most 3 % where 1 %
-was asked; `python -m lib_memnoise score --timesteps`)."""
+"""How many timesteps a calibration's first timestep may differ from an image's, after conversion of its scores. On the
+miniature's ordinary prompts this causes no more false positives than having only 120 prompts does (at most 3 % where
+1 % was wanted; `python -m lib_memnoise score --timesteps`)."""
 LOWEST = 870
-"""The lowest timestep for which that is so."""
+"""The lowest timestep for which `TOLERANCE` holds."""
 SOURCES = {
     "built-in": "built-in prompts",
     "own": "prompts of the user's own",
     "recent": "prompts of recent pictures",
 }
-"""Where a calibration's prompts come from, and what people see for it."""
+"""The sources of a calibration's prompts, and what people see for each."""
 
 
 class BadCalibration(ValueError):
-    """A document that is no calibration; the message says why."""
+    """A document is not a valid calibration; the message says why."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a calibration belongs to."""
+    """The conditions under which a calibration holds."""
 
     checkpoint: str
     """The checkpoint's hash, or its name where it has none."""
@@ -55,23 +55,24 @@ class Key:
 
     @property
     def name(self) -> str:
-        """For a file: only letters, digits, dots and dashes."""
+        """The name of the calibration's file, without an ending: only letters, digits, dots and dashes."""
         checkpoint = re.sub(r"[^A-Za-z0-9.]+", "-", self.checkpoint)[:80].strip("-.") or "checkpoint"
         return f"{checkpoint}-{self.width}x{self.height}-{self.parameterization}-{self.timestep}"
 
 
 def unit(parameterization: str, alpha_bar: float) -> float:
-    """‖Δ‖ of native outputs, "eps" or "v", for a difference of 1 between the clean latents x̂0 that they predict.
+    """‖Δ‖ of native outputs, "eps" or "v", where the clean latents x̂0 that they predict differ by 1.
 
-    x = √ᾱ·x0 + √(1 − ᾱ)·ε at one x: Δε = −√(ᾱ/(1 − ᾱ))·Δx̂0, and v = √ᾱ·ε − √(1 − ᾱ)·x0 has Δv = −Δx̂0/√(1 − ᾱ).
+    From x = √ᾱ·x0 + √(1 − ᾱ)·ε with x fixed follows Δε = −√(ᾱ/(1 − ᾱ))·Δx̂0; and with v = √ᾱ·ε − √(1 − ᾱ)·x0 follows
+    Δv = −Δx̂0/√(1 − ᾱ).
     """
     return math.sqrt((1.0 if parameterization == "v" else alpha_bar) / (1 - alpha_bar))
 
 
 def beta_quantile(k: int, n: int, probability: float) -> float:
-    """The quantile of the Beta distribution with parameters k and n + 1 − k, 1 ≤ k ≤ n, to a relative 1e-12.
+    """The quantile of the Beta distribution with parameters k and n + 1 − k, 1 ≤ k ≤ n, to a relative error of 1e-12.
 
-    Its distribution function at x is the probability of at least k successes in n trials of probability x.
+    The distribution function at x is the probability of at least k successes in n trials with probability x.
     """
 
     ways = [math.log(math.comb(n, j)) for j in range(k)]
@@ -88,16 +89,16 @@ def beta_quantile(k: int, n: int, probability: float) -> float:
 
 
 def percent(share: float) -> str:
-    """To two digits: "0.83 %"."""
+    """A share in percent to two digits, such as "0.83 %"."""
     return (f"{100 * share:#.2g}" if share < 0.0995 else f"{100 * share:.0f}") + " %"
 
 
 @dataclass(frozen=True)
 class Promise:
-    """Which share of ordinary prompts is above a threshold that is the k-th largest of n prompts' scores.
+    """The share of ordinary prompts above a threshold that is the k-th largest of n prompts' scores.
 
-    It depends on the n prompts that happened to be scored: for prompts of their kind it is Beta-distributed, with
-    parameters k and n + 1 − k.
+    The share depends on which n prompts happened to be scored: for prompts of the same kind it has a Beta distribution
+    with parameters k and n + 1 − k.
     """
 
     rate: float
@@ -106,60 +107,60 @@ class Promise:
     """The distribution's mean, k / (n + 1)."""
     low: float
     high: float
-    """95 % of the distribution is between them."""
+    """The bounds of the middle 95 % of the distribution."""
     count: int
-    """n."""
+    """The number n of prompts."""
 
     @property
     def is_kept(self) -> bool:
-        """Whether so few prompts can tell the rate that was asked for."""
+        """Whether there are enough prompts for the rate that was wanted."""
         return self.expected <= self.rate * (1 + 1e-9)
 
     def __str__(self) -> str:
-        said = (
+        sentence = (
             f"{self.rate * 100:.3g} % false positives asked; with {self.count} prompts 95 %: {percent(self.low)} to "
             f"{percent(self.high)}"
         )
         if not self.is_kept:
             needed = math.ceil(1 / self.rate - 1e-9) - 1
-            said += f"; so few prompts cannot promise less than {percent(self.expected)}, it takes {needed}"
-        return said
+            sentence += f"; so few prompts cannot promise less than {percent(self.expected)}, it takes {needed}"
+        return sentence
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores of ordinary prompts."""
+    """A checkpoint's scores of ordinary prompts."""
 
     key: Key
     scores: tuple[float, ...]
-    """Rising."""
+    """In ascending order."""
     source: str | None = None
-    """One of `SOURCES`; None: an older file, which does not say."""
+    """One of `SOURCES`; None in older files, which do not say."""
 
     def __str__(self) -> str:
         return f"{len(self.scores)} {SOURCES.get(self.source or '', 'prompts')} at timestep {self.key.timestep}"
 
     def threshold(self, rate: float) -> float:
-        """The score above which at most this share of ordinary prompts lies, for scores to come as well.
+        """The score above which at most this share of ordinary prompts is expected, new prompts included.
 
-        With n scores it is the ⌈(n + 1)(1 − rate)⌉-th smallest; where there are too few for so small a rate, the
-        largest one.
+        Of n scores it is the ⌈(n + 1)(1 − rate)⌉-th smallest, or the largest one where there are too few for so small a
+        rate.
         """
         return self.scores[-self.rank(rate)]
 
     def rank(self, rate: float) -> int:
-        """The threshold's place among the scores, counted from the largest one, which is 1."""
+        """The threshold's rank among the scores; the largest score has rank 1."""
         rank = math.ceil((len(self.scores) + 1) * (1 - rate) - 1e-9)
         return len(self.scores) + 1 - min(max(rank, 1), len(self.scores))
 
     def promise(self, rate: float) -> Promise:
-        """What the threshold for this rate keeps of it."""
+        """The share of ordinary prompts that is really above the threshold for this rate."""
         n, k = len(self.scores), self.rank(rate)
         low, high = (beta_quantile(k, n, probability) for probability in (0.025, 0.975))
         return Promise(rate, k / (n + 1), low, high, n)
 
     def at(self, factor: float) -> Calibration:
-        """The same for scores of another timestep, which are so many times as large (`unit`)."""
+        """The calibration with its scores multiplied by a factor, to convert them to another timestep (`unit`)."""
         return replace(self, scores=tuple(score * factor for score in self.scores))
 
     def percentile(self, score: float) -> float:
@@ -168,19 +169,20 @@ class Calibration:
 
     @property
     def median(self) -> float:
+        """The median of the scores."""
         middle = len(self.scores) // 2
         if len(self.scores) % 2:
             return self.scores[middle]
         return (self.scores[middle - 1] + self.scores[middle]) / 2
 
     def settings(self, factor: float, rate: float) -> dict[str, Any]:
-        """Strength and target derived from the scores, as a preset has them.
+        """Numbers derived from the scores, in place of a preset's.
 
-        An image is brought to where half of the ordinary ones are; γ̃ moves the noise as far as SD 1.4's does.
+        The target is the median of ordinary scores, and γ̃ moves the noise as far as it does with SD 1.4.
 
         Args:
-            factor: `lib_memnoise.settings.size_factor` of the latent; what scales with size is divided by it.
-            rate: of false positives.
+            factor: `lib_memnoise.settings.size_factor` of the latent. Settings that scale with size are divided by it.
+            rate: the rate of false positives for the threshold.
         """
         return {
             "gamma": round(min(STRENGTH * factor / self.median, 10.0), 4),
@@ -190,15 +192,15 @@ class Calibration:
         }
 
     def document(self) -> dict[str, Any]:
-        """As JSON."""
+        """The calibration as JSON."""
         return {"format": FORMAT, **asdict(self.key), "source": self.source, "scores": list(self.scores)}
 
 
 def make_calibration(key: Key, scores: Iterable[float], source: str | None = None) -> Calibration:
-    """A calibration of scores in any order.
+    """A calibration made of scores in any order.
 
     Raises:
-        BadCalibration: there are too few, or some are no positive numbers.
+        BadCalibration: there are too few scores, or some are not positive numbers.
     """
     ordered = tuple(sorted(float(score) for score in scores))
     if len(ordered) < FEWEST:
@@ -209,10 +211,10 @@ def make_calibration(key: Key, scores: Iterable[float], source: str | None = Non
 
 
 def from_document(document: Any) -> Calibration:
-    """The calibration that `Calibration.document` gave.
+    """The calibration in a document that `Calibration.document` made.
 
     Raises:
-        BadCalibration: it is none.
+        BadCalibration: the document is not a valid calibration.
     """
     if not isinstance(document, Mapping) or document.get("format") != FORMAT:
         raise BadCalibration(f"it is no calibration of format {FORMAT}")
@@ -230,8 +232,7 @@ def from_document(document: Any) -> Calibration:
 
 
 def distinct(prompts: Iterable[str], most: int) -> list[str]:
-    """The different ones among prompts that are not blank, in their order; where there are more than `most`, so many
-    of them at even distances."""
+    """The distinct prompts that are not blank, in their order; of more than `most`, as many at even distances."""
     unique = list(dict.fromkeys(text for text in (prompt.strip() for prompt in prompts) if text))
     return unique if len(unique) <= most else [unique[k * len(unique) // most] for k in range(most)]
 
@@ -257,7 +258,11 @@ ORDINARY = 120
 
 
 def ordinary_prompts(count: int = ORDINARY) -> list[str]:
-    """Prompts that hardly stand under pictures of a training set: every one is a combination of its own."""
+    """Distinct prompts that are unlikely to be captions in a training set.
+
+    Raises:
+        ValueError: there are not so many combinations.
+    """
     if count > len(SUBJECTS) * len(PLACES) * len(STYLES):
         raise ValueError(f"there are no {count} ordinary prompts")
     prompts = []

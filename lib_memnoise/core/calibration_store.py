@@ -1,4 +1,4 @@
-"""Calibrations on disk, a file each."""
+"""Calibrations on disk, each in a file of its own."""
 
 from __future__ import annotations
 
@@ -12,20 +12,26 @@ from lib_memnoise.core.files import replacing
 
 
 def serves(timestep: int, other: int) -> bool:
-    """Whether a calibration of one first timestep serves at another."""
+    """Whether a calibration for one first timestep can be used at another."""
     return timestep == other or (abs(timestep - other) <= TOLERANCE and min(timestep, other) >= LOWEST)
 
 
 @dataclass(frozen=True)
 class CalibrationStore:
-    """A folder of calibrations. Readers and writers may be several processes: files are replaced whole."""
+    """A folder of calibrations. Several processes may read and write it, since files are replaced as a whole."""
 
     folder: Path
 
     def path(self, key: Key) -> Path:
+        """The file of a key's calibration."""
         return self.folder / f"{key.name}.json"
 
     def save(self, calibration: Calibration) -> Path:
+        """Write a calibration to its file.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         path = self.path(calibration.key)
         with replacing(path) as partial:
             partial.write_text(json.dumps(calibration.document()), encoding="utf-8")
@@ -34,7 +40,7 @@ class CalibrationStore:
     def load(self, key: Key) -> tuple[Calibration | None, str | None]:
         """The calibration for a key if there is one, and a sentence if its file was damaged.
 
-        A damaged file is set aside under another name: it is made again by the next calibration.
+        A damaged file is renamed, so that the next calibration replaces it.
         """
         path = self.path(key)
         try:
@@ -48,11 +54,11 @@ class CalibrationStore:
             return None, self._set_aside(path, error)
 
     def nearest(self, key: Key) -> tuple[Calibration | None, list[str]]:
-        """The calibration that serves for a key, and a sentence for every file that was damaged.
+        """The best calibration for a key, and a sentence for every file that was damaged.
 
-        One of the same checkpoint and size whose first timestep is at most `TOLERANCE` away, and neither below
-        `LOWEST`: made with the user's own prompts rather than with built-in ones, and then the nearest. Its scores are
-        those of its own timestep.
+        It has the same checkpoint and size, and a first timestep that is at most `TOLERANCE` away; neither timestep is
+        below `LOWEST` unless they are equal. Calibrations made with the user's prompts come before those made with
+        built-in ones, and then the nearest timestep decides. The scores are those of its own timestep, not converted.
         """
         candidates, problems = [], []
         for path in sorted(self.folder.glob(f"{key.name.rsplit('-', 1)[0]}-*.json")):

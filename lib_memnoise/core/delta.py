@@ -1,7 +1,7 @@
-"""The conditional prediction Δ and what is measured of it.
+"""The conditional prediction Δ, and its measurements.
 
 Shapes: a latent `x` is `(B, C, H, W)` with unit variance per element, whatever scale a sampler works in.
-Units: Δ is the difference of the network's *native* outputs (ε or v), never of denoised images.
+Units: Δ is a difference of the network's *native* outputs (ε or v), never of denoised images.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 Delta = Callable[[Tensor], Tensor]
-"""`delta(x)`: Δ(x, T) = out(x, T, y) − out(x, T, y_null) of the latents x, in the shape of x (the paper's ε̃)."""
+"""`delta(x)` returns Δ(x, T) = out(x, T, y) − out(x, T, y_null), the paper's ε̃, in the shape of the latents x."""
 
 
 @runtime_checkable
 class SelectableDelta(Protocol):
     """A Δ whose prompts differ between the images of the batch.
 
-    `select(images)` gives the Δ of those images only (indices into the batch it was made for), so that
-    images that are finished need not be evaluated again.
+    Methods select the images that are still running, so that finished ones are not evaluated again.
     """
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
-    def select(self, images: list[int]) -> Delta: ...
+    def select(self, images: list[int]) -> Delta:
+        """The Δ of these images only; they are indices into the batch that it was made for."""
 
 
 @runtime_checkable
@@ -35,23 +35,25 @@ class PromptedDelta(Protocol):
 
     @property
     def vectors(self) -> list[Tensor]:
-        """Of each image: those of its prompt, `(parts, tokens, width)`."""
+        """For each image, the vectors of its prompt, `(parts, tokens, width)`."""
 
     @property
     def fixed(self) -> list[int]:
-        """The places whose vectors are not to be learnt: start tokens."""
+        """The places whose vectors are not learnt, such as start tokens."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def conditioned(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
-        """`attended(vectors, images)`: Δ(x, T) of those images of the latents x, each with other vectors.
+        """Δ(x, T) as a function of the prompts' vectors.
 
-        What does not depend on the vectors, the unconditional output, is evaluated once.
+        The function `delta(vectors, images)` takes an image's vectors for each of `images`, which are indices into the
+        latents x, and returns their Δ, `(n, C, H, W)`. The unconditional output does not depend on the vectors and is
+        evaluated once.
         """
 
 
 def select(delta: Delta, images: list[int]) -> Delta:
-    """The Δ of some images of the batch; a plain function is taken to treat every row alike."""
+    """The Δ of some images of the batch. A plain function is assumed to treat all images alike."""
     return delta.select(images) if isinstance(delta, SelectableDelta) else delta
 
 
@@ -61,7 +63,7 @@ def per_image(values: Tensor) -> Tensor:
 
 
 def magnitude(delta: Tensor) -> Tensor:
-    """‖Δ‖₂ of each image, `(B,)`: the norm over all elements of ONE sample, never over the batch."""
+    """‖Δ‖₂ of each image, `(B,)`: the norm over all elements of one sample, never over the batch."""
     return torch.linalg.vector_norm(delta.flatten(1), dim=1)
 
 
@@ -75,12 +77,12 @@ def norm_ratio(x: Tensor) -> Tensor:
 
 
 NORM_BOUND = 0.10
-"""How far ‖x̃_T‖/√d may leave 1 before it is reported. Fresh noise at 512 px stays within 0.02 (5 σ); pictures
-of a small test model broke beyond about 1.15."""
+"""The distance of ‖x̃_T‖/√d from 1 beyond which it is reported. Fresh noise at 512 px stays within 0.02 (5 σ);
+pictures of a small test model broke beyond a ratio of about 1.15."""
 
 
 def working_precision(x: Tensor) -> Tensor:
-    """A detached copy of the latent in float32, or in float64 if it came so: never in half precision.
+    """A detached copy of the latent in float32, or in float64 if it is float64: never in half precision.
 
     AdamW's weight decay (1e-4 of a value a step) vanishes in bfloat16, and its eps underflows in float16.
     """

@@ -11,7 +11,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of `path` if all goes well, and is removed otherwise."""
+    """A temporary path to write to, which replaces `path` when the context ends without an error.
+
+    Raises:
+        OSError: the file cannot be written or moved.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     os.close(handle)

@@ -1,7 +1,7 @@
-"""Pictures of traces: ‖Δ(x_t, t)‖ along the trajectory, as in the paper's Figures 2, 3, 9 and 10.
+"""Plots of traces: ‖Δ(x_t, t)‖ along the trajectory, as in the paper's Figures 2, 3, 9 and 10.
 
-Nothing here is imported before a plot is asked for: altair and matplotlib are heavy. gradio 3 brings both, gradio 4 the
-latter.
+altair and matplotlib are heavy, so they are imported only when a plot is made. gradio 3 brings both of them, gradio 4
+only matplotlib.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 NOISES = {"points": "as sampled", "drawn": "noise as drawn", "hires": "hires pass"}
-"""The curves of an image in a trace's document, and their names."""
+"""The keys of an image's curves in a trace's document, and the names that people see."""
 
 
 def curves(trace: Mapping[str, Any]) -> Iterator[tuple[int, str, list[Mapping[str, Any]]]]:
-    """Image (from 1), the curve's name and its points, of all curves that have any."""
+    """For every curve that has points, the image's number (from 1), the curve's name and its points."""
     for number, image in enumerate(trace["images"], 1):
         for key, name in NOISES.items():
             if image.get(key):
@@ -23,7 +23,7 @@ def curves(trace: Mapping[str, Any]) -> Iterator[tuple[int, str, list[Mapping[st
 
 
 def marks(trace: Mapping[str, Any]) -> list[tuple[float, str]]:
-    """Timesteps to mark: τ, and each image's own transition point."""
+    """The timesteps to mark, with a label each: τ, and each image's own transition point."""
     marked = {(float(image["tau"]), "τ") for image in trace["images"] if image["tau"] is not None}
     for number, image in enumerate(trace["images"], 1):
         if image["transition"] is not None:
@@ -32,7 +32,7 @@ def marks(trace: Mapping[str, Any]) -> list[tuple[float, str]]:
 
 
 def chart(trace: Mapping[str, Any]) -> Any:
-    """An interactive altair chart, or a figure where there is no altair; None where nothing was traced."""
+    """An interactive altair chart, or a matplotlib figure without altair; None where nothing was traced."""
     try:
         import altair as alt
     except ModuleNotFoundError:
@@ -82,7 +82,7 @@ def chart(trace: Mapping[str, Any]) -> Any:
                 x=t, y=alt.value(0), text="mark:N"
             )
         )
-    # As wide as the page has room for, and below the label that gradio puts into the corner.
+    # As wide as the page allows, and below the label that gradio puts into the corner.
     fit = {"type": "fit", "contains": "padding"}
     return alt.layer(*layers).properties(width="container", height=300, padding={"top": 40}, autosize=fit).interactive()
 

@@ -1,4 +1,4 @@
-"""How far an adjustment has got, for whoever wants to show it."""
+"""The progress of an adjustment, for whoever wants to show it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Progress:
-    """Told after each evaluation of the network that an adjustment is waiting for."""
+    """How far an adjustment has come after an evaluation of the network."""
 
     done: int
-    """Units of it: optimiser steps, noises or adjustments."""
+    """The number of units that are done: optimiser steps, noises or adjustments."""
     most: int
-    """It may end before."""
+    """The most units there can be; the adjustment may end earlier."""
     unit: str
+    """What is counted, in a word."""
     running: int
-    """Images that are not finished."""
+    """The number of images that are not finished."""
     value: float | None = None
-    """The loss of the image that is furthest from its target: ‖Δ‖, or what a method has instead."""
+    """The loss of the image that is furthest from its target: ‖Δ‖, or a method's own loss."""
     target: float | None = None
+    """The target of that image."""
     what: str = "magnitude"
-    """Of the value."""
+    """What `value` is, in a word."""
 
     def __str__(self) -> str:
         images = "" if self.running == 1 else f", {self.running} images running"
@@ -33,9 +35,14 @@ OnProgress = Callable[[Progress], None]
 
 
 def ignore_progress(progress: Progress) -> None:
-    """Nobody wants to know."""
+    """The default: progress is not shown."""
 
 
 def part_of_progress(on_progress: OnProgress, number: int, of: int) -> OnProgress:
-    """Tells of one of several adjustments that are made one after another, from 0, as of a part of the whole."""
+    """A function that reports the progress of one of several adjustments as part of the whole.
+
+    Args:
+        number: the adjustment, counted from 0; they are made one after another.
+        of: how many adjustments there are.
+    """
     return lambda own: on_progress(replace(own, done=number * own.most + own.done, most=of * own.most))

@@ -1,4 +1,4 @@
-"""State and report of one generation. Knows no host: hosts fill it in, and write it out."""
+"""The state and the report of one generation. Hosts fill it in and write it out; it knows none of them."""
 
 from __future__ import annotations
 
@@ -14,64 +14,67 @@ class TracePoint:
     t: float
     magnitude: float
     guided: bool
-    """Guidance was on."""
+    """Whether guidance was on."""
     against: str
-    """"empty" or "negative": the prompt it is measured against."""
+    """The prompt that it is measured against: "empty" or "negative"."""
 
 
 @dataclass
 class ImageReport:
-    """What happened to one image in one pass. None: not measured."""
+    """What happened to one image in one pass. A measurement is None where it was not made."""
 
     before: float | None = None
     """‖Δ(x_T, T)‖ of the noise as drawn."""
     after: float | None = None
-    """‖Δ(x̃_T, T)‖, only where the method evaluates it anyway."""
+    """‖Δ(x̃_T, T)‖, measured only where the method evaluates it anyway."""
     steps: int | None = None
     """Optimiser steps taken (per-sample)."""
     norm: float | None = None
     """‖x̃_T‖/√d."""
     sampled: float | None = None
-    """‖Δ‖ in the first step of what was sampled, against the prompt as evaluated; only where it was looked at."""
+    """‖Δ‖ in the sampler's first step, of the noise that was sampled and the prompt as it was evaluated."""
     forward_rows: int = 0
-    """Network rows evaluated: one row is one image under one prompt at one timestep."""
+    """Network rows evaluated. One row is one image under one prompt at one timestep."""
     backward_rows: int = 0
+    """Network rows that gradients were propagated through."""
     looked_rows: int = 0
-    """Of the forward rows, those evaluated only for the sake of ‖Δ‖ along the trajectory."""
+    """The forward rows that were evaluated only to measure ‖Δ‖ along the trajectory."""
     used: dict[str, object] = field(default_factory=dict)
     """The values that took effect, after preset and scaling, and the first timestep T."""
     notes: list[str] = field(default_factory=list)
     failed: str | None = None
     """Why the image was generated without mitigation."""
     threshold: float | None = None
-    """The score above which an image is mitigated, where only such images are."""
+    """The score above which an image is mitigated; None where all images are."""
     calibration: str | None = None
-    """The calibration that numbers come from."""
+    """The calibration that the numbers come from."""
     blank: bool = False
-    """The pass's prompt is empty, so that there is nothing to adjust."""
+    """Whether the pass's prompt is empty, so that there is nothing to adjust."""
     left_alone: bool = False
-    """Not mitigated, because its score is not above the threshold."""
+    """Whether the image is not mitigated: its score is not above the threshold, or its prompt is blank."""
     prompt: str | None = None
-    """What was encoded instead of its prompt."""
+    """The text that was encoded instead of the image's prompt."""
     transition: float | None = None
-    """Where guidance started at the image's own transition point: its timestep."""
+    """The timestep of the image's own transition point, where guidance started at it."""
     trace: list[TracePoint] = field(default_factory=list)
     baseline: list[TracePoint] = field(default_factory=list)
     """The trace of the noise as drawn, sampled without adjustment; empty unless the settings want it."""
     hires: ImageReport | None = None
-    """What happened in the second pass of hires fix, of a first pass's report; None: that is not adjusted."""
+    """In a first pass's report, that of the second pass of hires fix; None where that pass is not adjusted."""
 
     def note(self, text: str) -> None:
+        """Add a note, unless it is there already."""
         if text not in self.notes:
             self.notes.append(text)
 
     @property
     def passes(self) -> list[ImageReport]:
+        """This report, and that of the second pass if there is one."""
         return [self] if self.hires is None else [self, self.hires]
 
     @property
     def every_note(self) -> list[str]:
-        """Of both passes."""
+        """The notes of both passes."""
         return self.notes + [f"hires pass: {note}" for note in ([] if self.hires is None else self.hires.notes)]
 
 
@@ -83,7 +86,7 @@ HIRES_KEYS = (
     "hires used", "hires prompt", "hires magnitude", "hires magnitude after", "hires steps taken", "hires norm",
     "hires transition at", "hires failed",
 )  # fmt: skip
-"""Of the second pass of hires fix, where it is adjusted as well. Rows and notes are those of both passes."""
+"""The keys of hires fix's second pass, where it is adjusted as well. Rows and notes cover both passes."""
 
 
 @dataclass
@@ -92,39 +95,42 @@ class Generation:
 
     settings: Settings
     preset: str = "sd1"
-    """What "auto" stands for on the checkpoint that was loaded first; a hires pass may have another."""
+    """The preset that "auto" stands for on the first pass's checkpoint; a hires pass may have another checkpoint."""
     pinned: Settings | None = None
-    """The settings as the infotext has them."""
+    """The settings as they are written into the infotext."""
     fail_instead: bool = False
+    """Whether a failed adjustment fails the request."""
     remarks: list[str] = field(default_factory=list)
     """Notes for all images."""
     trace_id: str | None = None
     """The name that the traces of its images are stored under."""
     images: dict[tuple[int, int], ImageReport] = field(default_factory=dict)
     looks_at_first: bool = False
-    """‖Δ‖ of the first step is wanted of every image, also where guidance is off and nothing is traced."""
+    """Whether ‖Δ‖ of the first step is recorded for every image, even with guidance off and nothing traced."""
     left_out: float = 0.0
-    """Seconds of adjusting that the host's time since the job began is without, while it samples."""
+    """Seconds of adjusting that have been left out of the host's time since the job began, while it samples."""
     placed: object = None
-    """The adjusted noise, where the host has it from us and has not taken it yet."""
+    """The adjusted noise that was put where the host will look for it."""
 
     def __post_init__(self) -> None:
         self.fail_instead = self.fail_instead or self.settings.fail_instead
 
     def image(self, batch: int, place: int) -> ImageReport:
+        """The report of the image at a place in a batch, made if there is none yet."""
         return self.images.setdefault((batch, place), ImageReport())
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Those of `report_infotext` that may have values."""
+        """The keys of `report_infotext` that may have values."""
         return REPORT_KEYS + HIRES_KEYS if self.settings.hires else REPORT_KEYS
 
     def batch(self, batch: int) -> list[ImageReport]:
+        """The reports of a batch, in the order of its images."""
         return [report for (number, _), report in sorted(self.images.items()) if number == batch]
 
 
 def report_infotext(report: ImageReport) -> dict[str, str | int | None]:
-    """What happened to an image, in infotext form: a value for each report key, None where there is none."""
+    """A report as infotext: a value for each report key, None where there is nothing to write."""
     rows, backward = (sum(getattr(own, name) for own in report.passes) for name in ("forward_rows", "backward_rows"))
     values = {
         **_of_pass(report),

@@ -1,4 +1,4 @@
-"""How alike two pictures are, without training: the correlation of blurred pictures."""
+"""The similarity of two pictures, without a trained model: the correlation of blurred pictures."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 THUMBNAIL = 16
+"""Width and height of the blurred pictures, in pixels."""
 
 
 def thumbnails(pictures: Tensor) -> Tensor:
-    """Blurred, colour-centred and normalised `(B, 768)` of pictures `(B, 3, H, W)`.
+    """Blurred, colour-centred and normalised vectors `(B, 768)` of pictures `(B, 3, H, W)`.
 
-    The mean of each colour is taken away, so that a background's colour alone makes no two pictures alike.
+    The mean of each colour channel is subtracted, so that two pictures are not alike just because their backgrounds
+    have the same colour.
     """
     small = F.interpolate(pictures.float(), (THUMBNAIL, THUMBNAIL), mode="area")
     centred = small - small.mean((2, 3), keepdim=True)
@@ -19,5 +21,5 @@ def thumbnails(pictures: Tensor) -> Tensor:
 
 
 def similarity(pictures: Tensor, references: Tensor) -> Tensor:
-    """Correlation `(B, R)` of each picture with each reference, −1…1."""
+    """The correlation `(B, R)` of each picture `(B, 3, H, W)` with each reference `(R, 3, H, W)`, −1…1."""
     return thumbnails(pictures) @ thumbnails(references).T

@@ -1,4 +1,4 @@
-"""What a method is told of a batch of initial latents, and what it answers."""
+"""A method's input besides latents and Δ, and its result."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ from lib_memnoise.torch_utils.cross_attention import Attention
 
 @dataclass(frozen=True)
 class BatchContext:
-    """What a method may know of a batch besides its latents and Δ."""
+    """What a method may use of a batch besides its latents and Δ."""
 
     parameterization: str
     """"eps" or "v": the network's native output, in which Δ is measured."""
     first: float = ALWAYS
-    """T: the timestep of the first step."""
+    """T, the timestep of the first step."""
     alpha_bar: float = 0.0
-    """ᾱ_T: the share of the clean picture's variance at the first timestep."""
+    """ᾱ_T, the clean picture's share of the variance at the first timestep."""
     seeds: Sequence[int] = ()
-    """Of each image: what a method draws comes from it, so that the image can be made again."""
+    """The images' seeds. All random numbers of a method come from them, so that an image can be made again."""
     texts: Sequence[str] = ()
-    """Of each image: its prompt at the first step."""
+    """The images' prompts at the first step."""
     vocabulary: Callable[[], Sequence[str]] = tuple
-    """The text encoder's ordinary tokens, as text; "" for one that is not what it is written as."""
+    """The text encoder's ordinary tokens, as text; "" for a token that its own text is not encoded to."""
     tokens: Callable[[str], int | None] = lambda text: None
-    """How many tokens a prompt is encoded to at the first step; None where that cannot be told."""
+    """The number of tokens that a prompt is encoded to at the first step; None where it is not known."""
     on_progress: OnProgress = ignore_progress
-    """Is told how far a method is that takes its time."""
+    """Called with the method's progress as it goes on."""
 
     def factor(self, x: Tensor) -> float:
-        """By which ρ and an absolute target scale."""
+        """The factor by which ρ and an absolute target scale with the size of the latents x, `(B, C, H, W)`."""
         return size_factor(x[0].numel(), self.parameterization)
 
     def select(self, images: Sequence[int]) -> BatchContext:
+        """The context of some images of the batch."""
         return replace(
             self,
             seeds=[self.seeds[i] for i in images] if self.seeds else (),
@@ -49,51 +50,61 @@ class BatchContext:
         )
 
     def generator(self, image: int, *purpose: int) -> torch.Generator:
-        """Random numbers of an image's own, independent of those that its noise was drawn with."""
+        """A random generator from an image's seed, independent of the one that its noise was drawn from."""
         state = np.random.SeedSequence([self.seeds[image] % 2**64, *purpose]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
     def noise(self, x: Tensor, image: int, *purpose: int) -> Tensor:
-        """Gaussian noise `(C, H, W)` from an image's seed, like that image of x; drawn on the CPU on any device."""
+        """Gaussian noise `(C, H, W)` from an image's seed, with the dtype and device of x. It is drawn on the CPU."""
         return torch.randn(x.shape[1:], generator=self.generator(image, *purpose)).to(x)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the network is given of an image instead of its prompt, in every step."""
+    """What replaces an image's prompt, in every step."""
 
     text: str | None = None
-    """Another text."""
+    """A text to encode instead."""
     pad_zero: bool = False
-    """Token 0 pads it, and the negative prompt, instead of the end token."""
+    """Whether the prompt and the negative prompt are padded with token 0 instead of the end token."""
     zero_end: bool = False
-    """The vector at its end token is zero."""
+    """Whether the vector at the prompt's end token is set to zero."""
     vectors: Tensor | None = None
-    """Other vectors `(parts, tokens, width)`."""
+    """Vectors to use instead, `(parts, tokens, width)`."""
     attention: Attention | None = None
+    """How the prompt is attended to; None means as usual."""
 
 
 @dataclass
 class Outcome:
-    """Adjusted latents `x` `(B, C, H, W)` and, where a method knows them, what it measured, `(B,)` each."""
+    """A method's result: adjusted latents, and what it measured, `(B,)` each; None where it did not measure it."""
 
     x: Tensor
+    """Adjusted latents x̃_T, `(B, C, H, W)`."""
     before: Tensor | None = None
+    """‖Δ(x_T, T)‖."""
     after: Tensor | None = None
+    """‖Δ(x̃_T, T)‖."""
     steps: Tensor | None = None
+    """Optimiser steps taken."""
     norm: Tensor | None = None
     """‖x̃_T‖/√d."""
     used: dict[str, object] = field(default_factory=dict)
     """The values that took effect, after presets and scaling."""
     notes: dict[int, list[str]] = field(default_factory=dict)
+    """Sentences for the metadata of each image that has any."""
     failed: dict[int, str] = field(default_factory=dict)
-    """Images whose latent could not be adjusted and is as it was."""
+    """Images whose latent could not be adjusted and was left unchanged, and why."""
     prompts: dict[int, Prompt] = field(default_factory=dict)
-    """Images whose prompt is changed."""
+    """Images whose prompt is replaced."""
 
 
 def aimed(settings: ResolvedSettings, factor: float) -> tuple[float | Callable[[Tensor], Tensor], object]:
-    """The target that resolved settings ask for, as the methods' `adjust` takes it, and how metadata show it."""
+    """The target of a descent, as `adjust` takes it, and as the metadata show it.
+
+    Args:
+        factor: `BatchContext.factor`, by which an absolute target is scaled.
+    """
     assert settings.target is not None
     value = settings.target
     if settings.target_kind == "fraction":
@@ -102,7 +113,7 @@ def aimed(settings: ResolvedSettings, factor: float) -> tuple[float | Callable[[
 
 
 class DescentResult(Protocol):
-    """How the descents of a batch ended, `(B,)` each."""
+    """How a batch's descents ended, `(B,)` each."""
 
     @property
     def reached(self) -> Tensor: ...
@@ -114,8 +125,13 @@ class DescentResult(Protocol):
     def steps(self) -> Tensor: ...
 
 
-def missed(result: DescentResult, what: str, most: int) -> dict[int, list[str]]:
-    """A note for each image that has not reached its target."""
+def missed_targets(result: DescentResult, what: str, most: int) -> dict[int, list[str]]:
+    """A note for each image that did not reach its target.
+
+    Args:
+        what: the thing that was adjusted, in a word.
+        most: the most steps that were allowed.
+    """
     notes = {}
     for image, (ok, far, taken) in enumerate(
         zip(result.reached.tolist(), result.hopeless.tolist(), result.steps.tolist())

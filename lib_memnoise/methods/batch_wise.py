@@ -19,17 +19,17 @@ def adjust(
 
     Args:
         x: initial latents x_T, `(B, C, H, W)`, unit variance.
-        delta: `delta(x)` returns Δ(x, T) in the shape of x, in the network's native output (ε or v).
+        delta: `delta(x)` returns Δ(x, T) in the shape of x, in units of the network's native output (ε or v).
         gamma: adjustment strength γ̃ (Eq. 10), in units of x per unit of Δ.
         rho: sharpness parameter ρ: the length ‖δ̂‖₂ of the probe, in units of x.
         steps: number of adjustments M.
-        on_progress: is told of each.
+        on_progress: called after each adjustment.
 
     Returns:
         x̃_T in the shape of x, float32 (float64 if x is). x itself is not changed.
 
-    Every image is treated on its own: δ̂ is normalised per sample. An image whose Δ is exactly zero has no
-    direction to be probed in and stays as it is. Cost: 2·M evaluations of Δ, that is 4·M network rows an
+    Every image is adjusted on its own: δ̂ is normalised per sample. An image whose Δ is exactly zero has no
+    direction to probe and is not changed. Cost: 2·M evaluations of Δ, which are 4·M network rows for each
     image, forward only; none where γ̃, ρ or M is zero, since then x̃_T = x_T.
     """
     x = working_precision(x)

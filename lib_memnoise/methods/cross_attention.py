@@ -11,9 +11,9 @@ from lib_memnoise.torch_utils.cross_attention import Attention
 
 
 def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
-    """The noise as it is, and every image's prompt attended to differently, in every step.
+    """The noise unchanged, and every image's prompt attended to differently in every step.
 
-    Only the conditional rows are; the authors' code masks the padding of the unconditional row as well.
+    Only conditional rows are changed; the authors' code masks the padding of the unconditional row as well.
     """
     outcome = Outcome(
         working_precision(x), used={"bos_scale": settings.bos_scale, "mask_padding": settings.mask_padding}

@@ -1,4 +1,4 @@
-"""Gradient descent image by image: every image has its own variable, optimiser state and stop."""
+"""Gradient descent for a batch in which every image has its own variable, optimiser state and stop."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from torch import Tensor
 from lib_memnoise.core.progress import OnProgress, Progress, ignore_progress
 
 LOSS_SCALE = 1024.0
-"""Keeps gradients inside a half-precision network above its smallest numbers. A power of two: dividing it out
-again is exact, so in float32 it changes nothing."""
+"""Multiplies the loss, to keep gradients inside a half-precision network above its smallest numbers. It is a power of
+two, so dividing it out again is exact: in float32 it changes nothing."""
 
 PATIENCE, FAR = 30, 2.0
-"""When the methods give up (`descend`'s `patience`): on the miniature no descent is given up that reaches its target
-within its steps, by either rule (`benchmarks/hopeless.py`). Losses fall ever more slowly, so that the pace at hand is
-more than can be expected; but near their end they go up and down, and may fall by luck."""
+"""When the methods give up (see `descend`'s `patience`). With these values no descent on the miniature is given up that
+would reach its target within its steps, by either step rule (`benchmarks/hopeless.py`). Losses fall ever more slowly,
+so the present pace overestimates what is still to come; near the target they fluctuate, and may reach it by luck."""
 
 Loss = Callable[[list[Tensor], list[int]], Tensor]
-"""`loss(variables, images)`: `(n,)`, of the images of these indices, each with its variable."""
+"""`loss(variables, images)` returns `(n,)`: the losses of the images with these indices, each at its variable."""
 
 
 class NoGradient(RuntimeError):
-    """The network can only be evaluated."""
+    """The network can be evaluated but not differentiated."""
 
 
 class Descent(NamedTuple):
-    """Where a descent ended. All but `best` are `(B,)`; `before` and `after` are losses, `after` that of `best`."""
+    """The result of a descent. All fields but `best` are `(B,)`.
+
+    `before` is the loss at the start, `after` the loss of `best`.
+    """
 
     best: list[Tensor]
     steps: Tensor
@@ -36,7 +39,7 @@ class Descent(NamedTuple):
     after: Tensor
     reached: Tensor
     hopeless: Tensor
-    """Ended before all steps were taken, for the target was too far (`descend`'s `patience`)."""
+    """Whether the image was given up because its target was too far away (see `descend`'s `patience`)."""
 
 
 def gradients(loss: Tensor, variables: Sequence[Tensor]) -> list[Tensor]:
@@ -47,7 +50,7 @@ def gradients(loss: Tensor, variables: Sequence[Tensor]) -> list[Tensor]:
     """
     if not loss.requires_grad:
         raise NoGradient("the network gave no gradient")
-    # Summed over images, each keeps its own gradient.
+    # The gradient of the sum with respect to one image's variable is that of its own loss.
     with torch.enable_grad():
         total = LOSS_SCALE * loss.sum()
     return [gradient / LOSS_SCALE for gradient in torch.autograd.grad(total, list(variables))]
@@ -66,21 +69,24 @@ def descend(
     """Minimise each image's loss over its variable until it is below the target (the loop of Figure 7).
 
     Args:
-        start: a variable for every image, of any shapes, float32 or float64.
-        loss: is asked only of the images still running, all of them together.
-        optimiser: makes one for these variables. It must leave alone a variable that has no gradient.
-        target: an image stops as soon as its loss < target. A function is given the first losses `(B,)` and returns a
+        start: a variable for every image, of any shape, float32 or float64.
+        loss: evaluated for all images that are still running together.
+        optimiser: makes an optimiser for the variables. It must not change a variable that has no gradient.
+        target: an image stops as soon as its loss < target. A function receives the first losses `(B,)` and returns a
             target for each.
         max_steps: the most optimiser steps an image takes.
-        on_progress: is told of every evaluation.
-        patience: an image ends as well where, at the pace of the last so many steps, all that are left would not
-            bring it below `FAR` times its target. None: it takes them all; so it does if the target is 0.
+        on_progress: called after every evaluation.
+        patience: a number of steps. An image also stops if, at the pace of its last `patience` steps, the steps left
+            would not bring its loss below `FAR` times its target. With None, or a target of 0, all steps are taken.
 
     Returns:
-        `Descent`: where the target was not reached, the variable is the best one seen. A loss that is not finite ends
-        its image, as does a gradient that is not.
+        `Descent`. Where the target was not reached, `best` is the best variable seen. An image stops where its loss or
+        its gradient is not finite.
 
-    Cost an image: (steps + 1) losses, `steps` of them differentiated.
+    Raises:
+        NoGradient: the loss carries no gradient.
+
+    Cost for each image: (steps + 1) losses, `steps` of them differentiated.
     """
     variables = [value.detach().clone().requires_grad_() for value in start]
     optim = optimiser(variables)
@@ -143,7 +149,13 @@ def descend(
 
 
 def is_far(before: Tensor, now: Tensor, target: Tensor, steps: int, left: int) -> Tensor:
-    """Whether an image is not to be brought near its target in `left` steps: losses `steps` ago and now, `(B,)`."""
+    """Whether images would stay above `FAR` times their target, `(B,)`, at the present pace.
+
+    Args:
+        before, now: losses `steps` steps ago and now, `(B,)`.
+        target: `(B,)`; never far where it is 0.
+        left: the number of steps left.
+    """
     return (target > 0) & (now - (before - now) / steps * left >= FAR * target)
 
 

@@ -1,6 +1,6 @@
 """DivIn: one Langevin step on the initial noise (ICML 2026).
 
-Written from a description; the authors' code was not to be had.
+Implemented from a description, since the authors' code is not available.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ def adjust(
 
     Args:
         x: initial latents x_T, `(B, C, H, W)`, unit variance.
-        delta: Δ(x, T), differentiable. x̂_0 is linear in the network's output, so U = s² ‖Δ‖², where s² is
-            (1 − ᾱ)/ᾱ in ε and 1 − ᾱ in v.
-        eta: the step η. temperature: τ of the step, which has nothing to do with guidance's.
+        delta: `delta(x)` returns Δ(x, T) in the shape of x, differentiable in x. x̂_0 is linear in the network's
+            output, so U = s² ‖Δ‖², where s² is (1 − ᾱ)/ᾱ in ε and 1 − ᾱ in v.
+        eta: the step size η.
+        temperature: the weight τ of the gradient, which has nothing to do with the timestep τ of guidance.
 
     Returns:
-        The latents, and ‖Δ(x_T, T)‖ `(B,)`, None where it was not measured.
+        The latents, and ‖Δ(x_T, T)‖ `(B,)`; None where it was not measured.
 
     Raises:
-        RuntimeError: ᾱ is 0, with a network that predicts ε: then x̂_0 is not to be had.
+        RuntimeError: ᾱ is 0 and the network predicts ε, which then does not determine x̂_0; or Δ has no gradient.
 
-    The variance of noise stays (1 − η)² + 2η = 1 + η². Cost: two rows forward and two backward an image; none where τ
-    is 0, and forward alone where η is.
+    The variance of the noise becomes (1 − η)² + 2η = 1 + η². Cost for each image: two network rows forward and two
+    backward; none where τ is 0, and forward only where η is 0.
     """
     start = working_precision(x)
     if eta == 0:
@@ -58,5 +59,6 @@ def adjust(
 
 
 def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
+    """`adjust` with resolved settings."""
     latents, before = adjust(x, delta, context, eta=settings.eta, temperature=settings.temperature)
     return Outcome(latents, before=before, used={"eta": settings.eta, "temperature": settings.temperature})

@@ -1,6 +1,6 @@
-"""Noise selection: of several noises that an image's seed gives, the one with the smallest ‖Δ‖.
+"""Noise selection: of several noises from an image's seed, the one with the smallest ‖Δ‖.
 
-No noise is changed, so each keeps the length and the distribution of noise.
+No noise is changed, so the one chosen has the usual length of noise.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ def adjust(x: Tensor, delta: Delta, context: BatchContext, *, candidates: int) -
     """Choose among the noise as drawn and `candidates − 1` others from each image's seed.
 
     Args:
-        x: initial latents x_T, `(B, C, H, W)`.
-        delta: Δ(x, T).
+        x: initial latents x_T, `(B, C, H, W)`, unit variance.
+        delta: `delta(x)` returns Δ(x, T) in the shape of x.
+        candidates: how many noises there are to choose from.
 
     Returns:
-        The latents, ‖Δ‖ of the noise as drawn and of the chosen one, and which was chosen (0: as drawn), `(B,)` each.
+        The latents, ‖Δ‖ of the noise as drawn, ‖Δ‖ of the chosen noise, and the number of the chosen noise (0: the
+        noise as drawn). All but the latents are `(B,)`.
 
-    Cost: two network rows an image and candidate, forward only.
+    Cost: two network rows for each image and candidate, forward only.
     """
     x = working_precision(x)
     best, before = x.clone(), magnitude(delta(x).to(x.dtype))

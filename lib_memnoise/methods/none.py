@@ -1,4 +1,4 @@
-"""No adjustment: the noise as it was drawn, for measuring, or for a transition point alone."""
+"""No adjustment: the noise stays as drawn. For measuring the score."""
 
 from __future__ import annotations
 
@@ -10,4 +10,5 @@ from lib_memnoise.settings import ResolvedSettings
 
 
 def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
+    """The latents unchanged, in working precision."""
     return Outcome(working_precision(x))

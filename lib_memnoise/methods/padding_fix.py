@@ -1,6 +1,6 @@
-"""Padding-token fix: the prompt padded with token 0 instead of the end token, and no end token (Kim & No 2026).
+"""Padding-token fix: the prompt is padded with token 0 instead of the end token, and has no end token (Kim & No 2026).
 
-SD 1's text encoder pads with its end token, whose vectors take up what is memorised of a prompt.
+SD 1's text encoder pads with its end token, and the vectors of the padding carry much of what is memorised.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lib_memnoise.settings import ResolvedSettings
 
 
 def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
-    """The noise as it is, and every image's prompt encoded otherwise."""
+    """The noise unchanged, and every image's prompt encoded with other padding."""
     prompt = Prompt(pad_zero=settings.padding != "end", zero_end=settings.padding != "pad")
     return Outcome(
         working_precision(x), used={"padding": settings.padding}, prompts=dict.fromkeys(range(len(x)), prompt)

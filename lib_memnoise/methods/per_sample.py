@@ -10,16 +10,16 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, magnitude, select, working_precision
 from lib_memnoise.core.progress import OnProgress, ignore_progress
-from lib_memnoise.methods.batch import BatchContext, Outcome, aimed, missed
+from lib_memnoise.methods.batch import BatchContext, Outcome, aimed, missed_targets
 from lib_memnoise.methods.descent import PATIENCE, descend
 from lib_memnoise.methods.forward_descent import descend_forward
 from lib_memnoise.settings import ResolvedSettings
 
 
 class Adjusted(NamedTuple):
-    """What per-sample adjustment did. All but `x` are `(B,)`, one entry an image.
+    """The result of per-sample adjustment. All fields but `x` are `(B,)`.
 
-    `before` is NaN where the network's first answer was not finite; `after` belongs to the latent in `x`.
+    `before` is NaN where the network's first output was not finite; `after` is ‖Δ‖ of the latent in `x`.
     """
 
     x: Tensor
@@ -31,14 +31,17 @@ class Adjusted(NamedTuple):
 
 
 class SphereSteps(torch.optim.Optimizer):
-    """Steps of one length along the gradient, each variable's own norm put back after every one.
+    """Steps of a fixed length along the gradient, with each variable rescaled to its own norm after every step.
 
-    Not of the paper. On the miniature it needs a sixth of AdamW's evaluations, and noise keeps its length
-    (`benchmarks/step_rules.py`).
+    This rule is not from the paper. On the miniature it needs a sixth of AdamW's evaluations, and noise keeps its
+    length (`benchmarks/step_rules.py`).
     """
 
     def __init__(self, variables: Iterable[Tensor], lr: float) -> None:
-        """`lr`: a step's length, divided by √d; AdamW's first step has the length lr·√d as well."""
+        """
+        Args:
+            lr: the length of a step divided by √d. AdamW's first step has the length lr·√d as well.
+        """
         super().__init__(variables, {"lr": lr})
 
     @torch.no_grad()
@@ -48,7 +51,7 @@ class SphereSteps(torch.optim.Optimizer):
                 if x.grad is None:
                     continue
                 size, norm = torch.linalg.vector_norm(x.grad), torch.linalg.vector_norm(x)
-                # Without a direction there is no step; asking whether there is one would wait for the device.
+                # No step where the gradient is zero. A branch on that would wait for the device.
                 size = torch.where(size > 0, size, torch.inf)
                 x -= group["lr"] * x.numel() ** 0.5 / size * x.grad
                 x *= norm / torch.linalg.vector_norm(x)
@@ -70,28 +73,28 @@ def adjust(
 
     Args:
         x: initial latents x_T, `(B, C, H, W)`, unit variance.
-        delta: `delta(x)` returns Δ(x, T) in the shape of x, differentiable in x. It is given only the images
-            that are still running; one that must know which these are has a method `select(images)`
+        delta: `delta(x)` returns Δ(x, T) in the shape of x, differentiable in x. It receives only the images
+            that are still running; a Δ that needs to know which these are has a method `select(images)`
             (`lib_memnoise.core.delta.SelectableDelta`).
         lr: AdamW's learning rate, in units of x.
-        target: l_target, in the units of Δ: an image stops as soon as ‖Δ‖ < target. A function is given the
+        target: l_target, in the units of Δ: an image stops as soon as ‖Δ‖ < target. A function receives the
             first magnitudes `(B,)` and returns a target for each image.
         max_steps: the most optimiser steps an image takes.
         weight_decay: AdamW's, 0.01 as in the paper; it keeps ‖x̃_T‖ near √d (Appendix C).
-        rule: "adamw", or "sphere" for `SphereSteps` instead, which knows no decay.
-        on_progress: is told of every evaluation.
-        patience: see `descent.descend`; None, as in the paper: an image takes all steps if it does not get there.
+        rule: "adamw", or "sphere" for `SphereSteps`, which ignores the weight decay.
+        on_progress: called after every evaluation.
+        patience: see `descent.descend`. None, as in the paper: an image that misses its target takes all steps.
 
     Returns:
-        `Adjusted`: the latents (float32, float64 if x is) and, per image, steps taken, magnitude before and
-        after, and whether the target was reached. Where it was not, the latent is the best one seen.
+        `Adjusted`: the latents (float32, float64 if x is) and, for each image, the steps taken, the magnitude
+        before and after, and whether the target was reached. Where it was not, the latent is the best one seen.
 
     Raises:
         RuntimeError: Δ carries no gradient (for instance an inference-only network).
 
-    Every image has its own optimiser state and its own stop, so its result does not depend on the batch it is
-    in; those still running are evaluated together. Cost an image: (steps + 1) evaluations of Δ forward, that is
-    two network rows each, and `steps` backward, with respect to x alone.
+    Every image has its own optimiser state and its own stop, so its result does not depend on the rest of the
+    batch; the images still running are evaluated together. Cost for each image: (steps + 1) evaluations of Δ
+    forward, of two network rows each, and `steps` backward, with respect to x alone.
     """
     start = working_precision(x)
 
@@ -140,7 +143,7 @@ def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: Batch
         after=result.after,
         steps=result.steps,
         used={"rule": settings.rule, "lr": settings.lr, "target": used},
-        notes=missed(result, "noise", settings.max_steps),
+        notes=missed_targets(result, "noise", settings.max_steps),
     )
 
 
@@ -165,5 +168,5 @@ def _forward(
         after=found.after,
         steps=found.steps,
         used={"rule": "forward", "gamma": settings.gamma, "rho": rho, "target": shown},
-        notes=missed(found, "noise", settings.max_steps),
+        notes=missed_targets(found, "noise", settings.max_steps),
     )

@@ -1,4 +1,4 @@
-"""The one pipeline: score, choose, adjust, and when guidance starts. Every front end calls `mitigate`."""
+"""The one pipeline: score the images, choose, adjust, set when guidance starts. Every front end calls `mitigate`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lib_memnoise.settings import ResolvedSettings, Settings
 
 
 def only_measures(settings: Settings) -> bool:
-    """Whether the method evaluates Δ(x_T, T) and, as it is set, changes nothing."""
+    """Whether the method, with these settings, evaluates Δ(x_T, T) and changes nothing."""
     s = settings
     return {
         "none": True,
@@ -39,12 +39,18 @@ def needs_gradient(settings: Settings) -> bool:
 
 
 def run(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
-    """Mitigate by the chosen method; what every host and the command line call.
+    """Run the method that the settings name on a whole batch, and check its result.
 
     Args:
         x: initial latents x_T, `(B, C, H, W)`, unit variance.
-        delta: Δ(x, T); see the methods' own `adjust` for what they ask of it.
+        delta: Δ(x, T); each method's `adjust` says what it needs of it.
         settings: resolved settings (`Settings.resolved`).
+
+    Returns:
+        The outcome. An image whose values are not finite keeps its latent and is listed in `failed`.
+
+    Raises:
+        TypeError: the settings are not resolved.
     """
     if not isinstance(settings, ResolvedSettings):
         raise TypeError("settings are to be resolved first (`Settings.resolved`)")
@@ -80,33 +86,34 @@ def run(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchConte
 
 @dataclass(frozen=True)
 class Score:
-    """Δ(x_T, T) of a batch, evaluated once: ‖Δ‖ is the score by which an image counts as memorised."""
+    """Δ(x_T, T) of a batch, evaluated once. ‖Δ‖ is the score by which an image counts as memorised."""
 
     x: Tensor
     delta: Tensor
 
     @property
     def values(self) -> Tensor:
-        """`(B,)`."""
+        """The scores ‖Δ(x_T, T)‖, `(B,)`."""
         return magnitude(self.delta)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which images of a batch are mitigated, and what is known of all of them."""
+    """Which images of a batch are mitigated, and the scores of all of them."""
 
     known: Score
     threshold: float | None
-    """None: all are."""
+    """The score above which an image is mitigated; None where all are."""
     images: list[int]
+    """The images that are mitigated."""
 
 
 @torch.no_grad()
 def choose(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Choice:
-    """Evaluate Δ(x_T, T) once, by two network rows an image, and choose by it if the settings say so.
+    """Evaluate Δ(x_T, T) once, and choose images by their scores if the settings say so.
 
-    Chosen are the images whose score is above the threshold, and those whose score is not finite; all where there is no
-    threshold.
+    The images chosen are those whose score is above the threshold or is NaN; without a threshold, all of them. Cost:
+    two network rows for each image.
     """
     x = working_precision(x)
     known = Score(x, delta(x).to(x.dtype))
@@ -118,7 +125,7 @@ def choose(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchCo
 
 @dataclass(frozen=True)
 class Scored:
-    """A Δ whose answer at x_T is known and need not be evaluated again, unless a gradient is wanted of it."""
+    """A Δ whose value at x_T is known and need not be evaluated again, unless its gradient is needed."""
 
     inner: Delta
     known: Score
@@ -129,17 +136,18 @@ class Scored:
         return self.inner(x)
 
     def select(self, images: list[int]) -> Delta:
+        """The Δ of some images of the batch."""
         return replace(
             self, inner=select(self.inner, images), known=Score(self.known.x[images], self.known.delta[images])
         )
 
 
 Runner = Callable[[Tensor, Delta, BatchContext], Outcome]
-"""`run` with its settings, or another that mitigates everything it is given."""
+"""Mitigates every image of a batch: `run` with its settings, or a front end's own function."""
 
 
 def run_some(images: Sequence[int], x: Tensor, delta: Delta, context: BatchContext, runner: Runner) -> Outcome:
-    """Mitigate these images of a batch and leave the others as they are."""
+    """Mitigate these images of a batch and leave the others unchanged."""
     images = list(images)
     outcome = Outcome(working_precision(x))
     if not images:
@@ -161,16 +169,16 @@ def run_some(images: Sequence[int], x: Tensor, delta: Delta, context: BatchConte
 
 @dataclass
 class Mitigated:
-    """What became of a batch: its noise is `outcome.x`."""
+    """The result of the pipeline. The noise to sample is `outcome.x`."""
 
     outcome: Outcome
     starts: list[Start]
-    """When guidance starts, for each image. A sampling uses them up; `starts` makes others."""
+    """When guidance starts, for each image. They serve for one sampling; `starts_of` makes new ones."""
     reports: list[ImageReport]
 
 
 def is_measured_first(settings: Settings) -> bool:
-    """Whether Δ(x_T, T) is evaluated for itself, before anything is adjusted."""
+    """Whether Δ(x_T, T) is evaluated on its own, before anything is adjusted."""
     return settings.when == "flagged" or only_measures(settings)
 
 
@@ -180,14 +188,14 @@ def starts_of(
     """When guidance starts, for every image of a pass that begins at the timestep `first`.
 
     Args:
-        guidance: the scale w of ε_uncond + w·Δ: up to 1 there is none to hold back.
+        guidance: the scale w of ε_uncond + w·Δ. Up to 1 there is no guidance to hold back.
     """
     guided = is_guided(settings, guidance)
     return [make_start(settings, first) if guided and not report.left_alone else Start() for report in reports]
 
 
 def is_guided(settings: ResolvedSettings, guidance: float) -> bool:
-    """Whether there is guidance to hold back, or to turn around."""
+    """Whether there is guidance to hold back, or to reverse."""
     return guidance > 1 or (settings.start != "first" and bool(settings.opposite))
 
 
@@ -203,17 +211,18 @@ def mitigate(
     on_choice: Callable[[], object] = lambda: None,
     on_outcome: Callable[[Outcome], object] = lambda outcome: None,
 ) -> Mitigated:
-    """Score the images if that is asked for, choose by it, adjust the chosen ones: what every front end calls.
+    """Score the images if the settings ask for it, choose among them, adjust the chosen ones and fill in their reports.
 
     Args:
         x: initial latents x_T, `(B, C, H, W)`, unit variance.
-        delta: Δ(x, T); see the methods' own `adjust` for what they ask of it.
-        reports: one for each image; images that are `left_alone` already stay as they are. Filled in with everything
-            but network rows, which whoever evaluates the network counts.
+        delta: Δ(x, T); each method's `adjust` says what it needs of it.
+        settings: resolved settings (`Settings.resolved`).
+        reports: one for each image. Images that are `left_alone` already are not changed. Everything is filled in but
+            the network rows, which are counted where the network is evaluated.
         guidance: the scale w of ε_uncond + w·Δ.
-        with_gradient: runs a method that needs gradients; None: `run`.
-        on_choice: called when the images are chosen, before anything is adjusted.
-        on_outcome: called with what the method did, before reports say so; what it raises leaves them without.
+        with_gradient: runs a method that needs gradients; None means `run`.
+        on_choice: called when the images have been chosen, before anything is adjusted.
+        on_outcome: called with the method's outcome before the reports are filled in. If it raises, they are not.
     """
     images = [i for i, report in enumerate(reports) if not report.left_alone]
     choice = None
@@ -231,7 +240,7 @@ def mitigate(
         return run(x, delta, settings, context)
 
     if needs_gradient(settings) and not only_measures(settings):
-        # With a gradient, what is known of the score is of no use.
+        # A known score has no gradient, so it cannot spare an evaluation here.
         scored, method_runner = delta, with_gradient or runner
     else:
         scored, method_runner = delta if choice is None else Scored(delta, choice.known), runner
@@ -246,6 +255,7 @@ def mitigate(
 
 
 def fill_reports(reports: Sequence[ImageReport], outcome: Outcome) -> None:
+    """Copy a method's measurements, notes and failures into the images' reports."""
     for name in ("before", "after", "steps", "norm"):
         values = getattr(outcome, name)
         if values is not None:
@@ -264,7 +274,7 @@ def fill_reports(reports: Sequence[ImageReport], outcome: Outcome) -> None:
 def note_effects(
     report: ImageReport, outcome: Outcome, start: Start, first: float, guided: bool, guidance: float
 ) -> None:
-    """Say what took effect on an image, and what cannot."""
+    """Report the values that took effect on an image, and settings that cannot have an effect."""
     if not report.left_alone:
         report.used = {**outcome.used, "T": first}
     if start.tau < ALWAYS and not start.is_off(first):
@@ -275,7 +285,7 @@ def note_effects(
 
 
 def run_each(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
-    """`run`, one image at a time: the least memory. Every image is on its own in any case."""
+    """`run`, one image at a time, which takes the least memory. Results are the same: no image depends on another."""
     images = [
         run(
             x[i : i + 1],

@@ -1,4 +1,4 @@
-"""Prompt embedding adjustment: descend on ‖Δ‖ over the prompt's vectors, the noise as it is (Wen et al. 2024)."""
+"""Prompt embedding adjustment: descend on ‖Δ‖ over the prompt's vectors; the noise stays (Wen et al. 2024)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import Delta, PromptedDelta, magnitude, working_precision
 from lib_memnoise.core.progress import OnProgress, ignore_progress
-from lib_memnoise.methods.batch import BatchContext, Outcome, Prompt, aimed, missed
+from lib_memnoise.methods.batch import BatchContext, Outcome, Prompt, aimed, missed_targets
 from lib_memnoise.methods.descent import PATIENCE, descend
 from lib_memnoise.methods.pipeline import Scored
 from lib_memnoise.settings import ResolvedSettings
 
 
 class Adjusted(NamedTuple):
-    """What came of each image. All but `vectors` are `(B,)`."""
+    """The result of prompt embedding adjustment. All fields but `vectors` are `(B,)`."""
 
     vectors: list[Tensor]
     steps: Tensor
@@ -42,15 +42,22 @@ def adjust(
     """Minimise ‖Δ(x_T, T)‖ of every image over its prompt's vectors, with AdamW.
 
     Args:
-        x: initial latents x_T, `(B, C, H, W)`, which stay as they are.
+        x: initial latents x_T, `(B, C, H, W)`, which are not changed.
         delta: Δ(x, T) whose prompts' vectors can be replaced, differentiable in them.
-        lr: AdamW's learning rate. weight_decay: AdamW's default, as in the authors' code.
-        target: an image stops as soon as its ‖Δ‖ is below it. The authors' is for one norm over a batch of B images;
-            an image's is that divided by √B.
-        fixed: the places of start tokens, whose gradient is zero.
-        on_progress: is told of every evaluation. patience: see `descent.descend`.
+        lr: AdamW's learning rate.
+        target: an image stops as soon as its ‖Δ‖ is below it. The authors' target is for one norm over a batch of B
+            images; an image's own target is that divided by √B.
+        max_steps: the most optimiser steps an image takes.
+        weight_decay: AdamW's default, as in the authors' code.
+        fixed: the places of start tokens, whose gradient is set to zero.
+        on_progress: called after every evaluation.
+        patience: see `descent.descend`.
 
-    Cost an image: one unconditional row, and a row for each of its prompts and losses; backward, that for each step.
+    Raises:
+        RuntimeError: Δ carries no gradient.
+
+    Cost for each image: one unconditional row, a row for each part of its prompt in every loss, and as many backward
+    in every step.
     """
     x = working_precision(x)
     delta_of = delta.conditioned(x)
@@ -72,7 +79,7 @@ def adjust(
 
 
 def _held(vectors: Tensor, fixed: Sequence[int]) -> Tensor:
-    """The same vectors, of which those at `fixed` give no gradient."""
+    """The same vectors, with no gradient through those at `fixed`."""
     held = torch.zeros(vectors.shape[-2], 1, dtype=torch.bool, device=vectors.device)
     held[list(fixed)] = True
     return torch.where(held, vectors.detach(), vectors)
@@ -102,7 +109,7 @@ def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: Batch
         after=result.after,
         steps=result.steps,
         used={"lr": settings.lr, "target": used},
-        notes=missed(result, "vectors", settings.max_steps),
+        notes=missed_targets(result, "vectors", settings.max_steps),
         prompts={
             image: Prompt(vectors=result.vectors[image]) for image, steps in enumerate(result.steps.tolist()) if steps
         },

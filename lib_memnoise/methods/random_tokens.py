@@ -13,25 +13,29 @@ from lib_memnoise.methods.batch import BatchContext, Outcome, Prompt
 from lib_memnoise.settings import ResolvedSettings
 
 CONNECTED = re.compile(r"AND|BREAK|:\s*[+-]?[\d.]*\)*")
-"""What belongs to the word before it, in a WebUI's prompt: nothing is inserted before these."""
+"""Pieces of a WebUI's prompt that belong to the word before them: nothing is inserted before these."""
 WEIGHT = re.compile(r"[+-]?[\d.]+")
-"""A weight behind a colon that stands apart."""
+"""A weight that follows a colon and a blank."""
 TRIES = 32
+"""How often insertion is tried again until the prompt has the wanted number of tokens."""
 
 
 def insert(text: str, vocabulary: Sequence[str], count: int, generator: torch.Generator) -> tuple[str, list[str]]:
-    """The text with `count` tokens more, each at a random place between words, and these tokens.
+    """Insert `count` tokens into a text, one after another, each at a random place between words.
 
     Args:
-        vocabulary: what is drawn from, uniformly, but for "". Each insertion sees the text with those before it.
+        vocabulary: the tokens to draw from, uniformly; "" is drawn again.
 
-    The words of a part (AND, BREAK) stay in it, and its weight stays at its end. Nothing is inserted into square
-    brackets, of which the WebUI takes one part in some steps and another in others.
+    Returns:
+        The new text, and the inserted tokens.
+
+    The words of a part (AND, BREAK) stay in that part, and its weight stays at its end. Nothing is inserted into
+    square brackets: the WebUI uses one piece of their contents in some steps and another in others.
     """
     words, added = text.split(" "), []
     for _ in range(count):
         token = ""
-        while not token:  # what cannot be written in a prompt is drawn again
+        while not token:  # "" stands for a token that no prompt can spell
             token = vocabulary[_below(len(vocabulary), generator)]
         places = _places(words)
         words.insert(places[_below(len(places), generator)], token)
@@ -40,7 +44,7 @@ def insert(text: str, vocabulary: Sequence[str], count: int, generator: torch.Ge
 
 
 def _places(words: Sequence[str]) -> list[int]:
-    """Before which words something may be inserted; their number stands for the end."""
+    """The indices of the words before which a token may be inserted; `len(words)` is the end."""
     last, colon = words[-1], len(words) > 1 and words[-2].endswith(":")
     ends_with_weight = CONNECTED.fullmatch(last) or (colon and WEIGHT.fullmatch(last))
     places, depth = [], 0
@@ -60,7 +64,7 @@ def _below(count: int, generator: torch.Generator) -> int:
 
 
 def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
-    """The noise as it is, and every image's prompt with tokens from the image's seed."""
+    """The noise unchanged, and every image's prompt with random tokens from the image's seed."""
     count, vocabulary = settings.tokens, context.vocabulary()
     if not vocabulary:
         raise RuntimeError("random tokens need a text encoder whose vocabulary can be read, and none was found")
@@ -73,10 +77,10 @@ def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: Batch
 
 
 def _with_tokens(text: str, vocabulary: Sequence[str], count: int, context: BatchContext, image: int) -> str:
-    """The text with exactly `count` tokens more, as far as the host can count them.
+    """The text with exactly `count` more tokens, where the host can count them.
 
     Raises:
-        RuntimeError: with none of many draws has it so many more.
+        RuntimeError: no try gave the prompt exactly so many more.
     """
     generator, before = context.generator(image), context.tokens(text)
     for _ in range(TRIES):

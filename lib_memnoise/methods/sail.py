@@ -1,4 +1,4 @@
-"""SAIL: descend on the prediction of the probed noise, and stay near the origin (Jeon et al. 2025)."""
+"""SAIL: descend on the prediction at the probed noise, and stay near the origin (Jeon et al. 2025)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from lib_memnoise.settings import ResolvedSettings
 
 
 class Adjusted(NamedTuple):
-    """What came of each image: its latent, steps taken over all noises, losses, and how many noises were drawn anew."""
+    """The result of SAIL. All fields but `x` are `(B,)`.
+
+    `steps` counts over all noises, `before` and `after` are losses, and `redraws` is the number of the last noise that
+    was tried, 0 being the noise as drawn.
+    """
 
     x: Tensor
     steps: Tensor
@@ -41,19 +45,24 @@ def adjust(
 ) -> Adjusted:
     """Minimise ‖Δ(x + δ, T)‖ + α‖x‖, δ = Δ/‖Δ‖, with Adam.
 
-    This is the loss of the authors' code, with plain norms; their text has ‖Δ(x + δ) − Δ(x)‖² + α‖x‖². There δ is
-    that of the noise as drawn; here it is that of x. Δ is in units of ε, with either network.
+    This is the loss of the authors' code, with plain norms; their text has ‖Δ(x + δ) − Δ(x)‖² + α‖x‖². The authors
+    compute δ once, from the noise as drawn; here it is computed from x in every step. Δ is in units of ε, whether the
+    network predicts ε or v.
 
     Args:
         x: initial latents x_T, `(B, C, H, W)`, unit variance.
-        delta: Δ(x, T), differentiable.
-        lr: Adam's learning rate. alpha: α.
+        delta: `delta(x)` returns Δ(x, T) in the shape of x, differentiable in x.
+        lr: Adam's learning rate.
+        alpha: the weight α of ‖x‖.
         target: an image stops as soon as its loss is below it, as in `descent.descend`.
         max_steps: the most optimiser steps with one noise.
         redraws: how often an image that has not reached the target starts again, from other noise of its seed.
         patience: see `descent.descend`.
 
-    Cost an image and step: four network rows forward and four backward.
+    Raises:
+        RuntimeError: Δ carries no gradient.
+
+    Cost for each image and step: four network rows forward and four backward.
     """
     start = working_precision(x)
     unit = context.alpha_bar**0.5 if context.parameterization == "v" else 1.0
@@ -108,7 +117,7 @@ def adjust(
 def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
     """`adjust` with resolved settings; an absolute target is scaled to the size of the latent."""
     assert settings.lr is not None and settings.alpha is not None and settings.max_steps is not None
-    # The target is one for ‖Δ(x + δ)‖ + α‖x_T‖: a fraction is of the first alone, for the other part stays.
+    # The loss is ‖Δ(x + δ)‖ + α‖x‖. A target that is a fraction applies to the first term alone: the second stays.
     length = settings.alpha * x[0].numel() ** 0.5
     target, used = aimed(settings, context.factor(x))
     aim = (lambda before: target(before - length) + length) if callable(target) else target
@@ -116,7 +125,7 @@ def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: Batch
         x, delta, context, lr=settings.lr, alpha=settings.alpha, target=aim, max_steps=settings.max_steps,
         redraws=settings.redraws, patience=PATIENCE,
     )  # fmt: skip
-    # An image none of whose noises had a loss has no adjusted noise either.
+    # An image none of whose noises had a finite loss has no adjusted noise either; NaN makes it fail.
     latents = result.x.masked_fill(~per_image(torch.isfinite(result.after)), float("nan"))
     outcome = Outcome(latents, steps=result.steps, used={"lr": settings.lr, "alpha": settings.alpha, "target": used})
     for image, (reached, redraws) in enumerate(zip(result.reached.tolist(), result.redraws.tolist())):

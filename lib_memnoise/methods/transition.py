@@ -1,7 +1,7 @@
-"""A transition point alone: the noise as it was drawn, and guidance that starts later (Jain et al. 2025).
+"""A transition point alone: the noise stays as drawn, and guidance starts later (Jain et al. 2025).
 
-Static: at τ. Dynamic: at the first local minimum of ‖Δ‖ along the trajectory. Opposite guidance: away from the prompt
-until then. All of it is in `lib_memnoise.core.guidance`.
+A static transition point is τ; a dynamic one is the first local minimum of ‖Δ‖ along the trajectory. Opposite guidance
+leads away from the prompt until then. All of this is implemented in `lib_memnoise.core.guidance`.
 """
 
 from __future__ import annotations

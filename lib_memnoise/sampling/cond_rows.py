@@ -1,4 +1,4 @@
-"""Rows of the conditions that a host holds."""
+"""Operations on rows of a host's conditions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 Cond = Any
-"""A condition as the host holds it: a tensor `(rows, tokens, width)`, or a dict of tensors (SDXL)."""
+"""A condition in the host's own form: a tensor `(rows, tokens, width)`, or a dict of tensors (SDXL)."""
 Conditions = dict[str, Any]
-"""What the network is given besides latents and time, one row for each row of latents."""
+"""The network's inputs besides latents and time, with one row for each row of latents."""
 CHUNK = 77
-"""A prompt is encoded in chunks of this many tokens, each with a start and an end token of its own."""
+"""Tokens in a chunk. A prompt is encoded in chunks, each with a start and an end token of its own."""
 
 
 def select_rows(value: Any, rows: Sequence[int]) -> Any:
@@ -29,26 +29,27 @@ def select_rows(value: Any, rows: Sequence[int]) -> Any:
 
 
 def like(cond: Mapping[str, Tensor], values: dict[str, Tensor]) -> Cond:
-    """A dict of tensors in the host's own kind of dict, which has a shape."""
+    """The values in the same class of dict as `cond`: hosts use one that has a shape."""
     return type(cond)(values)  # type: ignore[call-arg]
 
 
 def vectors(cond: Cond) -> Tensor:
-    """`(rows, tokens, width)` of a condition."""
+    """The text encoder's vectors in a condition, `(rows, tokens, width)`."""
     return cond["crossattn"] if isinstance(cond, dict) else cond
 
 
 def with_vectors(cond: Cond, values: Tensor) -> Cond:
-    """The condition with other vectors."""
+    """The condition with its vectors replaced."""
     return like(cond, {**cond, "crossattn": values}) if isinstance(cond, dict) else values
 
 
 def token_length(cond: Cond) -> int:
+    """The number of tokens, padding included."""
     return int(cond.shape[1])
 
 
 def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> Conditions:
-    """One dict of conditions for the rows of two."""
+    """The rows of both conditions in one dict, those of `first` first."""
     return {
         key: [torch.cat(pair) for pair in zip(value, second[key])]
         if isinstance(value, list)
@@ -58,7 +59,7 @@ def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> Conditions:
 
 
 def equal(first: Any, second: Any) -> bool:
-    """Whether nested lists and dicts of tensors are the same, to the bit."""
+    """Whether nested lists and dicts of tensors are equal bit for bit."""
     if isinstance(first, Tensor):
         return isinstance(second, Tensor) and first.dtype == second.dtype and torch.equal(first, second)
     if isinstance(first, Mapping):
@@ -73,7 +74,7 @@ def equal(first: Any, second: Any) -> bool:
 
 
 def detached(value: Any) -> Any:
-    """The same tensors, in nested lists and dicts, without their history."""
+    """Nested lists and dicts with every tensor detached from its graph."""
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, Mapping):
@@ -82,6 +83,7 @@ def detached(value: Any) -> Any:
 
 
 def cloned(cond: Cond) -> Cond:
+    """A copy that shares no tensors with the condition; None stays None."""
     if isinstance(cond, Mapping):
         return like(cond, {key: value.clone() for key, value in cond.items()})
     return None if cond is None else cond.clone()

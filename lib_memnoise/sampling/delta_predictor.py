@@ -1,4 +1,4 @@
-"""Δ from the network that a host is about to sample with, at the sampler's own first timestep."""
+"""Δ, computed with the network that a host is about to sample with, at the sampler's own first timestep."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from lib_memnoise.sampling.output_cache import CachedRow, OutputCache
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaPredictor(DeltaQuery):
-    """Δ(x, T) of a batch of unit-variance latents; `select` gives that of some of its images.
+    """Δ(x, T) of a batch of unit-variance latents `(B, C, H, W)`, in the network's native output (ε or v).
 
-    With AND, where a prompt has parts k of weight w_k, Δ = Σ w_k (out(x, T, y_k) − out(x, T, y_null)): the
-    direction that guidance would follow.
+    Where a prompt has parts k of weight w_k (AND), Δ = Σ w_k (out(x, T, y_k) − out(x, T, y_null)), which is the
+    direction that guidance would follow. `select` gives the Δ of some of the images.
     """
 
     backend: Backend
     reports: list[ImageReport]
     cache: OutputCache
-    """Takes what the sampler may need again."""
+    """Receives the outputs that the sampler may need again."""
     length: int = 0
-    """Tokens of the prompts before any padding to another length."""
+    """Tokens of the prompts, before they are padded to the negative prompt's length."""
 
     @property
     def rows(self) -> int:
-        """Network rows of one evaluation."""
+        """The number of network rows in one evaluation."""
         return sum(len(part) + 1 for part in self.parts)
 
     def select(self, images: list[int]) -> DeltaPredictor:
+        """The predictor of some images of the batch."""
         return replace(
             self,
             parts=[self.parts[i] for i in images],
@@ -51,7 +52,7 @@ class DeltaPredictor(DeltaQuery):
         )
 
     def cloned(self) -> DeltaPredictor:
-        """The same with tensors of its own: those made in inference mode cannot be part of a gradient."""
+        """A copy that shares no tensors with this one: those made in inference mode cannot take part in a gradient."""
         return replace(
             self,
             step=self.step.cloned(),
@@ -95,7 +96,7 @@ class DeltaPredictor(DeltaQuery):
 
     @property
     def fixed(self) -> list[int]:
-        """Start tokens, one for each chunk, and what only pads to the negative prompt's length."""
+        """The places of the start tokens, one for each chunk, and of the padding to the negative prompt's length."""
         return [place for place in range(token_length(self.cond)) if place % CHUNK == 0 or place >= self.length]
 
     def conditioned(self, x: Tensor) -> Callable[[list[Tensor], list[int]], Tensor]:
@@ -127,7 +128,7 @@ class DeltaPredictor(DeltaQuery):
     def _keep(
         self, value: list[float], inputs: Tensor, owners: list[int], evaluated: list[tuple[dict[str, Any], Tensor]]
     ) -> list[list[CachedRow]]:
-        """Note what the sampler may ask again. Returns the rows that were evaluated of each image."""
+        """Put the outputs into the cache. Returns the rows that were evaluated for each image."""
         self.cache.state = self.backend.state()
         t = self.step.at[0]
         rows: list[list[CachedRow]] = [[] for _ in value]

@@ -1,6 +1,6 @@
-"""Holds guidance back, image by image: until then the sampler is given the unconditional prediction alone.
+"""Holds guidance back, image by image: until it starts, the sampler gets the unconditional prediction alone.
 
-And counts what the sampler evaluates, spares it what has been evaluated, and traces ‖Δ‖.
+The guider also counts the rows that the sampler evaluates, spares it rows that are cached, and traces ‖Δ‖.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ class Step:
     t: float
     """The timestep that the network receives."""
     weights: list[list[float]]
-    """Of each image, those of its prompt's parts."""
+    """For each image, the weights of its prompt's parts."""
     known: bool
-    """The batch is what the host makes of these prompts."""
+    """Whether the batch has the rows that the host makes of these prompts, unchanged by other extensions."""
     latents: Tensor
-    """Of each image."""
+    """The images' latents, `(B, C, H, W)`."""
     scale: float | None
-    """The CFG scale with which the host combines the rows; None where it leaves the unconditional ones out."""
+    """The CFG scale with which the host combines the rows; None where it leaves out the unconditional ones."""
 
     @property
     def owners(self) -> list[int]:
-        """The image of each row: those of the prompts, then the unconditional ones."""
+        """The image that each row belongs to: the prompts' rows first, then the unconditional rows."""
         return [i for i, own in enumerate(self.weights) for _ in own] + list(range(len(self.weights)))
 
 
 class Override(Protocol):
-    """Other conditions than the host's own, for every step of a pass."""
+    """Conditions that replace the host's own in every step of a pass."""
 
     def text_cond(self, denoiser: Any, cond: Cond) -> Cond:
         """The prompts' rows of a step."""
@@ -52,7 +52,7 @@ class Override(Protocol):
         """The unconditional rows of a step."""
 
     def empty(self, empty: Cond, batch: int) -> Cond:
-        """The empty prompt's row for every image, from its one row."""
+        """The empty prompt's rows, one for each of `batch` images, made from its single row."""
 
     def rows(self, denoiser: Any) -> list[Row]:
         """How the prompts' rows of a step are attended to."""
@@ -60,41 +60,43 @@ class Override(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GuidancePlan:
-    """What one pass is to do with guidance, and what it is to note."""
+    """How guidance is handled in one pass, and what is recorded of it."""
 
     reports: list[ImageReport]
     starts: list[Start]
     """When guidance starts, for each image."""
     tracing: bool = False
-    """‖Δ‖ of every step is noted."""
+    """Whether ‖Δ‖ of every step is recorded."""
     exact: bool = False
-    """Rows are evaluated in the host's own batches, also together with images whose guidance is off."""
+    """Whether rows are evaluated in the host's own batches even where the outputs of some are thrown away."""
     follows_negative: bool
-    """While guidance is off the host's own unconditional rows are followed, not those of the empty prompt."""
+    """Whether the host's own unconditional rows are followed while guidance is off, not those of the empty prompt."""
     negative_is_empty: bool
-    """The host's unconditional rows are those of the empty prompt."""
+    """Whether the host's unconditional rows are those of the empty prompt."""
     empty: Callable[[], Cond]
+    """Encodes the empty prompt."""
     override: Override | None = None
     expected_t: float
     """The timestep that the noise was adjusted for."""
     cache: OutputCache
     fail: Callable[[Exception], object]
-    """Told of a failure before it is raised."""
+    """Called with a failure before it is raised."""
     fail_instead: bool
-    """A failure fails the request; else the images come with guidance as it would be, and say so."""
+    """Whether a failure fails the request; otherwise the images are made with ordinary guidance, and say so."""
     looks_at_first: bool = False
-    """‖Δ‖ of the first step is noted even if nothing is traced."""
+    """Whether ‖Δ‖ of the first step is recorded even if nothing is traced."""
 
 
 class Guider(abc.ABC):
-    """Answers for the network during one pass.
+    """Stands in for the network during one pass.
 
-    Rows of a step are numbered: the prompts of every image, then the unconditional ones. `begin_step` is told of
-    them; a host's subclass hands every call of the network to `outputs_of`, with the numbers of its rows. Rows with
-    guidance on are passed through untouched. Of an image with guidance off, only the unconditional prediction is
-    evaluated, once, and given for all of its rows; the host's own combination ε_u + w Σ w_k (ε_u − ε_u) is then ε_u
-    exactly, also with AND, CFG++, unequal lengths and where the host itself leaves the unconditional rows out (NGMS).
-    Where ‖Δ‖ decides, or is traced, or with opposite guidance, the image's prompts are evaluated beside it.
+    The rows of a step are numbered: first the prompts of every image, then the unconditional rows. The host announces
+    each step to `begin_step`; its subclass hands every call of the network to `outputs_of`, with the numbers of its
+    rows. Rows with guidance on pass through untouched. For an image with guidance off, only the unconditional
+    prediction is evaluated, once, and stands for all of the image's rows. The host's own combination
+    ε_u + w Σ w_k (ε_u − ε_u) is then exactly ε_u; this holds with AND, CFG++ and unequal lengths as well, and where the
+    host leaves out the unconditional rows (NGMS). Where ‖Δ‖ decides or is traced, and with opposite guidance, the
+    image's prompts are evaluated besides.
     """
 
     def __init__(self, backend: Backend, plan: GuidancePlan) -> None:
@@ -108,73 +110,79 @@ class Guider(abc.ABC):
         self.inner: Any = None
         self.retired = False
         self.in_parts = False
-        """Another extension asks for parts of rows, so that their native outputs are not known."""
+        """Whether another extension evaluates parts of rows, so that their native outputs are not known."""
         self.error: Exception | None = None
         self._clear()
 
     def _clear(self) -> None:
-        """What belongs to one step of the host's denoiser."""
+        """Forget the last step of the host's denoiser."""
         self.step: Step | None = None
-        """None: nothing is known of the step's rows."""
+        """None while nothing is known of the step's rows."""
         self._off: set[int] = set()
         self._decided: set[int] = set()
         self._given: dict[int, Tensor] = {}
-        """Outputs of rows that need not be asked for."""
+        """Outputs of rows that the host's network need not evaluate."""
         self._native: dict[int, Tensor] = {}
         self._looked: set[int] = set()
-        """Rows that are asked for only for the sake of ‖Δ‖."""
+        """Rows that are evaluated only to measure ‖Δ‖."""
         self._attention: list[Row] = []
-        """How the prompts' rows are attended to; empty: as usual."""
+        """How the prompts' rows are attended to; empty means as usual."""
         self.cond: Cond = None
         self.uncond: Cond = None
 
-    # What is a host's own
+    # For each host to implement
 
     @abc.abstractmethod
     def attach(self, denoiser: Any) -> None:
-        """Answer for what this denoiser asks; called at every step, for it may ask another network than before."""
+        """Stand in for the network of this denoiser. Called at every step, since the network may have changed."""
 
     @abc.abstractmethod
     def detach(self) -> None:
-        """Answer no longer."""
+        """Stop standing in for the network."""
 
     @abc.abstractmethod
     def step_of(self, denoiser: Any, params: Any) -> Step:
-        """What the host is about to evaluate."""
+        """The step that the host is about to evaluate."""
 
     @abc.abstractmethod
     def evaluate(self, rows: list[int], x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Ask for these rows. Returns outputs, and the same as native outputs (up to what rows of an image share)."""
+        """Evaluate these rows. Returns the outputs, and native outputs up to a term that an image's rows share.
+
+        Args:
+            rows: their numbers in the step.
+            x, sigma: latents `(rows, C, H, W)` and time `(rows,)`, in the host's units.
+            kwargs: the host's other inputs for these rows (`conditions`, `select`).
+        """
 
     @abc.abstractmethod
     def conditions(self, text: Cond, rows: list[int], *, unconditional: bool) -> dict[str, Any]:
-        """What `evaluate` takes for these rows under other texts than the host's."""
+        """The `kwargs` of `evaluate` for these rows, with `text` in place of the host's conditions."""
 
     @abc.abstractmethod
     def join(self, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any] | None:
-        """What `evaluate` takes for the rows of both at once; None: that cannot be."""
+        """The `kwargs` of `evaluate` for the rows of both; None where they cannot be evaluated in one call."""
 
     @abc.abstractmethod
     def select(self, kwargs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-        """What `evaluate` takes for some of a call's rows."""
+        """The `kwargs` of `evaluate` for some of a call's rows."""
 
     def unguided(self, image: int, unconditional: Tensor) -> list[Tensor]:
-        """What the rows of an image's prompts must be for the host to follow ε_u."""
+        """Outputs for the rows of an image's prompts that make the host follow ε_u."""
         assert self.step is not None
         return [unconditional] * len(self.step.weights[image])
 
     @abc.abstractmethod
     def opposite(self, image: int, prompts: Tensor, unconditional: Tensor, s: float) -> list[Tensor]:
-        """What the rows of an image's prompts must be for the host to follow ε_u − s Σ w_k (ε_k − ε_u).
+        """Outputs for the rows of an image's prompts that make the host follow ε_u − s Σ w_k (ε_k − ε_u).
 
-        Outputs may be denoised images as well as noise: these are linear in one another.
+        Outputs may be denoised images as well as noise, since each is linear in the other.
         """
 
     def padded(self, denoiser: Any, cond: Cond, uncond: Cond) -> tuple[Cond, Cond]:
-        """Both conditions, of equal lengths where this host evaluates them so."""
+        """Both conditions, padded to equal lengths where this host pads them."""
         return cond, uncond
 
-    # What all have in common
+    # Common to all hosts
 
     def begin_step(self, params: Any) -> None:
         """Called by the host before each evaluation (`on_cfg_denoiser`)."""
@@ -188,13 +196,13 @@ class Guider(abc.ABC):
             return
         try:
             if self.plan.override is not None:
-                self._hear(self.plan.override, denoiser, params)
+                self._override_conditions(self.plan.override, denoiser, params)
             self._plan(denoiser, params)
         except Exception as error:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        """Go on with guidance as it would be without memnoise, and say so; or let `outputs_of` fail the request."""
+        """Go on with ordinary guidance and say so in the reports, or let `outputs_of` fail the request."""
         self.error = error
         self._off, self._given, self._attention = set(), {}, []
         what = "guidance could not be held back" if self.plan.override is None else "the prompt could not be changed"
@@ -202,8 +210,8 @@ class Guider(abc.ABC):
             if not report.left_alone:
                 report.failed = report.failed or f"{what}: {error}"
 
-    def _hear(self, override: Override, denoiser: Any, params: Any) -> None:
-        """Other conditions for this step. The host takes them from here; its own objects are not touched."""
+    def _override_conditions(self, override: Override, denoiser: Any, params: Any) -> None:
+        """Replace the conditions of this step. The host reads them from `params`; its own objects are not changed."""
         params.text_cond, params.text_uncond, attention = (
             override.text_cond(denoiser, params.text_cond),
             override.text_uncond(denoiser, params.text_uncond),
@@ -237,7 +245,7 @@ class Guider(abc.ABC):
         self._off = off
 
     def _conditions(self, denoiser: Any, params: Any, batch: int) -> tuple[Cond, Cond]:
-        """The prompts as the host evaluates them, and what is followed while guidance is off."""
+        """The prompts' conditions as the host evaluates them, and those that are followed while guidance is off."""
         if self.plan.follows_negative and params.text_uncond is not None:
             return self.padded(denoiser, params.text_cond, params.text_uncond)
         cond = (
@@ -252,7 +260,16 @@ class Guider(abc.ABC):
         return cond, self.padded(denoiser, params.text_cond, empty)[1]
 
     def outputs_of(self, rows: list[int], x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
-        """What these rows of the step come to; `kwargs` are what the host gives the network beside."""
+        """The outputs for these rows of the step.
+
+        Args:
+            rows: their numbers in the step.
+            x, sigma: latents `(rows, C, H, W)` and time `(rows,)`, in the host's units.
+            kwargs: the host's other inputs of the network.
+
+        Raises:
+            RuntimeError: guidance could not be held back, and the request asked to fail in that case.
+        """
         step = self.step
         owners = [] if step is None else [step.owners[row] for row in rows if row < len(step.owners)]
         if self._off and (step is None or len(owners) != x.shape[0] or not torch.equal(x, step.latents[owners])):
@@ -268,7 +285,7 @@ class Guider(abc.ABC):
             return self._evaluate_and_trace(rows, x, sigma, kwargs)
         outputs = dict(self._given)
         if rest and self.plan.exact:
-            # The rows that are thrown away keep the others' batch as it would be.
+            # Outputs that are thrown away are evaluated all the same, so that the others' batch stays the host's.
             every = self._evaluate_and_trace(rows, x, sigma, kwargs)
             outputs.update((rows[k], every[k]) for k in rest)
         elif rest:
@@ -277,11 +294,11 @@ class Guider(abc.ABC):
         return torch.stack([outputs[row] for row in rows])
 
     def _reads(self) -> bool:
-        """Whether ‖Δ‖ is wanted of this step's images."""
+        """Whether ‖Δ‖ of this step's images is to be recorded."""
         return (self.plan.tracing or (self.plan.looks_at_first and self.steps == 1)) and not self.in_parts
 
     def _evaluate_and_trace(self, rows: list[int], x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The host's own network, for these of its rows."""
+        """Evaluate these rows with the host's own network, and trace the images that are complete."""
         out, native = self.evaluate(rows, x, sigma, kwargs)
         if self._reads() and self.step is not None and self.step.known:
             self._native.update(zip(rows, native))
@@ -289,13 +306,13 @@ class Guider(abc.ABC):
         return out
 
     def attention_of(self, rows: list[int]) -> list[Row]:
-        """How these rows are attended to; empty: as usual."""
+        """How these rows are attended to; empty means as usual."""
         return (
             [self._attention[row] if row < len(self._attention) else PLAIN for row in rows] if self._attention else []
         )
 
     def count(self, rows: list[int], known: Sequence[bool]) -> None:
-        """Count the rows that the network sees."""
+        """Count the rows that the network evaluates, leaving out those that were `known`."""
         if self.step is None:
             return
         owners = self.step.owners
@@ -305,7 +322,7 @@ class Guider(abc.ABC):
                 self.reports[owners[row]].looked_rows += row in self._looked and not spared
 
     def _rows_of(self, image: int) -> tuple[list[int], int]:
-        """The rows of an image's prompts, and its unconditional row."""
+        """The numbers of an image's prompts' rows, and that of its unconditional row."""
         assert self.step is not None
         weights = self.step.weights
         first = sum(len(own) for own in weights[:image])
@@ -319,16 +336,16 @@ class Guider(abc.ABC):
         return float(torch.linalg.vector_norm(delta))  # type: ignore[arg-type]
 
     def _decide(self, images: list[int], sigma: Tensor) -> None:
-        """Evaluate what images without guidance are given, and see whether it starts in this very step."""
+        """Evaluate the images whose guidance is off, and decide whether it starts in this very step."""
         step = self.step
         assert step is not None
         watched = [image for image in images if self._reads() or self.starts[image].evaluates_prompt]
-        # Functions put into the network may count on the rows that the host has in a call, and on their order.
-        beside = images if self.backend.is_patched() else watched
-        prompts = [row for image in beside for row in self._rows_of(image)[0]]
-        if beside is watched:
+        # Functions put into the network may rely on the rows that the host has in a call, and on their order.
+        prompted = images if self.backend.is_patched() else watched
+        prompts = [row for image in prompted for row in self._rows_of(image)[0]]
+        if prompted is watched:
             self._looked = {
-                row for image in beside if not self.starts[image].evaluates_prompt for row in self._rows_of(image)[0]
+                row for image in prompted if not self.starts[image].evaluates_prompt for row in self._rows_of(image)[0]
             }
         others = [self._rows_of(image)[1] for image in images]
         unconditional = self.conditions(select_rows(self.uncond, images), others, unconditional=True)
@@ -347,13 +364,13 @@ class Guider(abc.ABC):
             if prompts:
                 outs, natives = ask(prompts, conditional)
             out, native = ask(others, unconditional)
-        self._looked = set()  # what is asked for from here on, the host asks for
+        self._looked = set()  # from here on, rows are evaluated because the host asks for them
 
         for k, image in enumerate(images):
             start, (own, last) = self.starts[image], self._rows_of(image)
             self._decided.add(image)
             guided = False
-            at = [prompts.index(row) for row in own] if image in beside else []
+            at = [prompts.index(row) for row in own] if image in prompted else []
             if image in watched and not self.in_parts:
                 value = self._magnitude(image, natives[at], native[k])  # type: ignore[arg-type]
                 start.observe(step.t, value)
@@ -372,7 +389,7 @@ class Guider(abc.ABC):
                 self._given[last] = out[k]
 
     def _trace_guided(self) -> None:
-        """Trace the images all of whose rows have been evaluated; costs nothing."""
+        """Record ‖Δ‖ of images whose rows have all been evaluated. Evaluates nothing."""
         assert self.step is not None
         for image in range(len(self.step.weights)):
             prompts, unconditional = self._rows_of(image)

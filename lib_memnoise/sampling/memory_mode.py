@@ -1,4 +1,4 @@
-"""How much memory a gradient takes: plain, with checkpoints, or one image after the other."""
+"""Modes of computing a gradient that trade time for memory: plain, checkpointed, one image at a time."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from lib_memnoise.torch_utils.oom import is_out_of_memory
 
 
 class MemoryMode(IntEnum):
-    """Ways to compute the gradient, each with less memory than the one before."""
+    """Ways to compute a gradient, each with less memory than the one before."""
 
     PLAIN = 0
     CHECKPOINTED = 1
     """Blocks are evaluated again in the backward pass."""
     ONE_BY_ONE = 2
-    """And the images of a batch one after the other."""
+    """Checkpointed, and with the images of a batch one after another."""
 
 
 WORDS = {MemoryMode.CHECKPOINTED: "checkpointed", MemoryMode.ONE_BY_ONE: "checkpointed, one image at a time"}
 
 KEPT = {MemoryMode.PLAIN: 85_000, MemoryMode.CHECKPOINTED: 20_000}
-"""Numbers kept for the backward pass, for each row and each pixel of the latent, in a U-Net of SD 1.4's shape
-(`benchmarks/gradient.py kept`; checkpointed: 6,500, and the block that is evaluated again). Others differ; where this
-is too low, running out of memory is what tells."""
+"""Numbers kept for the backward pass for each row and each pixel of the latent, in a U-Net of SD 1.4's shape
+(`benchmarks/gradient.py kept`; checkpointed: 6,500, plus the block that is evaluated again). Other networks differ;
+where the estimate is too low, the attempt runs out of memory and the next mode is tried."""
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can still be had; infinite where there is no telling."""
+    """Bytes of free memory on the device; infinite where that is not known."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
@@ -49,8 +49,13 @@ def free_memory(device: torch.device) -> float:
 
 
 def first_attempt(unet: nn.Module, x: Tensor, rows: int, free: float) -> MemoryMode:
-    """The fastest way whose estimated memory is there. x: the latents; rows: network rows evaluated at once."""
-    # Weights may be kept in fewer bits than what is computed of them.
+    """The fastest mode whose estimated memory fits into `free` bytes.
+
+    Args:
+        x: the latents, `(B, C, H, W)`.
+        rows: network rows that are evaluated at once.
+    """
+    # Weights may be stored in fewer bits than activations.
     size = max(2, next(unet.parameters()).element_size())
     pixels = x.shape[-1] * x.shape[-2]
     return next((mode for mode, kept in KEPT.items() if kept * size * rows * pixels < free), MemoryMode.ONE_BY_ONE)
@@ -68,15 +73,15 @@ def run_from(
     note: Callable[[str], object],
     check: Callable[[], object] | None = None,
 ) -> Outcome:
-    """`run` in this mode; out of memory, it is tried again in one that takes less.
+    """`run` in this mode; if memory runs out, it is tried again in the next mode.
 
     Args:
         unet: the network behind Δ, whose blocks are checkpointed.
-        empty: gives back memory that is not used, between attempts.
-        note: is told of every attempt that there was too little memory for.
-        check: is called before the first attempt, in the way of that attempt, until it has returned once.
+        empty: frees unused memory between attempts.
+        note: called with a sentence about every attempt that ran out of memory.
+        check: called before an attempt, in the mode of that attempt, until it has returned once.
 
-    What an attempt evaluated stays counted. Raises what the leanest attempt raises.
+    Rows that a failed attempt evaluated stay counted. Raises whatever the last mode's attempt raises.
     """
     last = MemoryMode.ONE_BY_ONE if x.shape[0] > 1 else MemoryMode.CHECKPOINTED
     mode = min(mode, last)

@@ -1,4 +1,4 @@
-"""Keeps the outputs of the last evaluation of Δ, which are the sampler's first: they need not be evaluated again."""
+"""Keeps the outputs of the last evaluation of Δ: they are the sampler's first, and need not be evaluated again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lib_memnoise.torch_utils.cross_attention import PLAIN, Row, scaled
 
 @dataclass(frozen=True)
 class CachedRow:
-    """One network row: what went in, and the network's native output. No batch dimension but in `cond`."""
+    """One network row: its inputs and the network's native output. Only `cond` has a batch dimension, of 1."""
 
     x: Tensor
     t: Tensor
@@ -27,29 +27,32 @@ class CachedRow:
     attention: Row = PLAIN
     """How its prompt was attended to."""
 
-    def is_to(self, x: Tensor, t: Tensor, cond: Any, attention: Row) -> bool:
-        """Whether this very row is asked for again."""
+    def has_inputs(self, x: Tensor, t: Tensor, cond: Any, attention: Row) -> bool:
+        """Whether the row has exactly these inputs."""
         return self.attention == attention and equal(self.t, t) and equal(self.x, x) and equal(self.cond, cond)
 
 
 @dataclass
 class OutputCache:
-    """The rows of each image's smallest Δ: those of the noise that it is left with."""
+    """For each image, the rows of its smallest ‖Δ‖, which belong to the noise that will be sampled."""
 
     of_image: dict[int, tuple[float, list[CachedRow]]] = field(default_factory=dict)
     state: tuple[Any, ...] = ()
+    """`Backend.state` when the rows were evaluated."""
 
     def keep(self, image: int, magnitude: float, rows: list[CachedRow]) -> None:
+        """Keep an image's rows if no smaller ‖Δ‖ has been kept."""
         if image not in self.of_image or magnitude <= self.of_image[image][0]:
             self.of_image[image] = magnitude, rows
 
     def find(self, x: Tensor, t: Tensor, cond: Any, attention: Row) -> Tensor | None:
-        every = (answer for _, rows in self.of_image.values() for answer in rows)
-        return next((answer.out for answer in every if answer.is_to(x, t, cond, attention)), None)
+        """The output of a row with exactly these inputs; None where there is none."""
+        every = (row for _, rows in self.of_image.values() for row in rows)
+        return next((row.out for row in every if row.has_inputs(x, t, cond, attention)), None)
 
 
 class CachedModel:
-    """Stands in front of the checkpoint's model for one pass, and takes from the cache what is there."""
+    """Stands in front of the checkpoint's model for one pass, and takes outputs from the cache where it has them."""
 
     def __init__(
         self,
@@ -60,24 +63,28 @@ class CachedModel:
         compared: Callable[[Any], Any] = lambda cond: cond,
         selected: Callable[[Any, list[int]], Any] = select_rows,
     ) -> None:
-        """`compared` is what an output depends on of a condition, `selected(cond, rows)` the condition of some rows."""
+        """
+        Args:
+            compared: the part of a condition that an output depends on.
+            selected: `selected(cond, rows)` is the condition of some rows.
+        """
         self._model = model
         self._cache = cache
         self._backend = backend
         self._compared = compared
         self._selected = selected
         self.known: list[bool] = []
-        """Which rows of the last call were known."""
+        """For each row of the last call, whether its output came from the cache."""
         self.native: Tensor = torch.empty(0)
         """The network's native output for the rows of the last call."""
         self.attention: list[Row] = []
-        """How the rows of the next call are attended to; empty: as usual."""
+        """How the rows of the next call are attended to; empty means as usual."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def apply_model(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # The wrappers give the condition by place or by name, and nothing else.
+        # Hosts' wrappers pass the condition by position or by name, and nothing else.
         conds = [*args, *kwargs.values()]
         outputs = self._known(x, t, conds[0]) if len(conds) == 1 else [None] * len(x)
         self.known = [output is not None for output in outputs]
@@ -106,7 +113,7 @@ class CachedModel:
         return [self._cache.find(x[row], t[row], select_rows(compared, [row]), attention[row]) for row in range(len(x))]
 
     def _attending(self, rows: list[int]) -> AbstractContextManager[None]:
-        """Around an evaluation of these rows of the call."""
+        """The context in which these rows of the call are evaluated."""
         attention = [self.attention[row] for row in rows] if self.attention else []
         if all(row == PLAIN for row in attention):
             return contextlib.nullcontext()

@@ -1,6 +1,6 @@
 """The one schema of settings.
 
-It feeds the accordion, the API's validation, infotext, X/Y/Z axes, the JSON Schema and the documentation.
+The accordion, the API's validation, infotext, X/Y/Z axes, the JSON Schema and the documentation all derive from it.
 """
 
 from lib_memnoise.errors import SettingError

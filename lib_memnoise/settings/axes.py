@@ -1,4 +1,4 @@
-"""The text of a plot's axis: values and ranges of one setting, such as `1, 3, 5-9 (+2)`."""
+"""Parses the text of a plot's axis: values and ranges of one setting, such as `1, 3, 5-9 (+2)`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from lib_memnoise.errors import SettingError, echo
 from lib_memnoise.settings.rules import check, from_text, requirement, type_of
 
 MOST_VALUES = 1000
-"""Of one range."""
+"""The most values of one range."""
 MOST_CHARACTERS = 100_000
+"""The most characters of an axis."""
 
 _NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+))"
 RANGE = re.compile(rf"\s*{_NUMBER}\s*-\s*{_NUMBER}\s*(?:\(\s*{_NUMBER}\s*\)|\[\s*(\d+)\s*\])?\s*", re.ASCII)
-"""The plot script's ranges: `1-5`, `1-5 (+2)` with a step, `1-5 [3]` with a count."""
+"""The plot script's syntax of ranges: `1-5`, `1-5 (+2)` with a step, `1-5 [3]` with a count."""
 
 
 def axis_values(name: str, text: Any) -> list[str]:
-    """Every value of an axis, in plain digits, which the plot script takes as they are.
+    """The values of an axis, written so that the plot script reads each as one value.
 
     Raises:
-        SettingError: a value that the setting cannot have, a range without end or of too many values.
+        SettingError: the setting cannot have a value, or a range never ends or has too many values.
     """
     if not isinstance(text, str):
         raise SettingError(f"memnoise: the values {echo(text)} of {name} are not valid; they must be a text.")
@@ -32,7 +33,7 @@ def axis_values(name: str, text: Any) -> list[str]:
             f"memnoise: the values {echo(text)} of {name} are {len(text)} characters; {MOST_CHARACTERS} is the most."
         )
     if type_of(name) not in (int, float):
-        # As the plot script does; line ends separate too, and within quotation marks commas do not.
+        # As the plot script reads it: line ends separate values as well, and commas in quotation marks do not.
         rows = csv.reader(text.replace("\0", "\ufffd").splitlines(), skipinitialspace=True)
         values = [value.strip() for row in rows for value in row]
         for value in values:
@@ -43,7 +44,11 @@ def axis_values(name: str, text: Any) -> list[str]:
 
 
 def numbers(name: str, part: str) -> list[Any]:
-    """The value or values of one part of an axis's text."""
+    """The value or values of one part of an axis's text.
+
+    Raises:
+        SettingError: see `axis_values`.
+    """
     match = RANGE.fullmatch(part)
     if match is None:
         return [from_text(name, part)]
@@ -58,7 +63,7 @@ def numbers(name: str, part: str) -> list[Any]:
         raise SettingError(f"memnoise: {name} = {echo(part.strip())} is not valid; its step leads away from its end.")
     if whole and step != int(step):
         raise SettingError(f"memnoise: {name} = {echo(part.strip())} is not valid; its step must be a whole number.")
-    # A quotient of too many digits is none to `decimal`.
+    # `decimal` raises for a quotient of too many digits.
     many = abs(last - first) >= MOST_VALUES * abs(step)
     count = _bounded(name, part, Decimal(MOST_VALUES + 1) if many else (last - first) // step + 1)
     return [check(name, (int if whole else float)(first + k * step)) for k in range(count)]
@@ -74,5 +79,5 @@ def _bounded(name: str, part: str, count: Decimal) -> int:
 
 
 def plain(value: Any) -> str:
-    """A number without an exponent, whose sign the plot script would take for that of a range."""
+    """A number without an exponent: the plot script would take the exponent's sign for a range."""
     return format(Decimal(str(value)), "f")

@@ -1,4 +1,4 @@
-"""The settings: one field each, with what the page, the API and the documentation say of it.
+"""The settings: one field for each, with its texts and bounds for the page, the API and the documentation.
 
 Nothing here imports torch, gradio or a WebUI.
 """
@@ -16,7 +16,7 @@ from lib_memnoise.settings.presets import ABSOLUTE, preset_values, target_of_kin
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of one setting beside its name, type and default."""
+    """The description of one setting, besides its name, type and default."""
 
     label: str
     help: str
@@ -24,16 +24,17 @@ class Spec:
     high: float | None = None
     step: float | None = None
     choices: Mapping[str, str] | None = None
-    """Accepted values and what people see for them."""
+    """Accepted values, and what people see for each."""
     methods: tuple[str, ...] = ()
-    """The methods that use it; empty: all."""
+    """The methods that use it; empty means all."""
     only: tuple[str, ...] | None = None
-    """A setting and the values of which it must take one for this one to be used."""
+    """Another setting, followed by the values of that setting with which this one is used."""
     only_with: Mapping[str, tuple[str, ...]] | None = None
     """The same, for some of the methods."""
     preset: bool = False
-    """A preset supplies it where it is not given."""
+    """Whether a preset supplies the value where none is given."""
     advanced: bool = False
+    """Whether the page shows it under "More"."""
 
 
 def _setting(default: Any, **spec: Any) -> Any:
@@ -75,7 +76,7 @@ _DECAYED = ("per_sample", "prompt_embedding")
 
 @dataclass(frozen=True)
 class Settings:
-    """Validated settings of one generation. None stands for "as the preset has it"."""
+    """The validated settings of one generation. None means that the preset supplies the value."""
 
     enabled: bool = _setting(False, label="Memnoise", help="Keep the model from reproducing its training images.")
     method: str = _setting(
@@ -395,7 +396,7 @@ class Settings:
 
     @property
     def is_by_score(self) -> bool:
-        """Whether the checkpoint's calibration says which images are mitigated."""
+        """Whether the checkpoint's calibration decides which images are mitigated."""
         return self.when == "flagged" and self.threshold is None
 
     def follows_calibration(self, preset: str) -> bool:
@@ -412,14 +413,14 @@ class Settings:
         return ("threshold",)
 
     def resolved(self, preset: str, calibrated: Mapping[str, Any] | None = None) -> ResolvedSettings:
-        """These settings with nothing left to a preset. The threshold stays open without a calibration.
+        """These settings with every value filled in. Only the threshold stays None without a calibration.
 
         Args:
-            preset: names the numbers for what is not given (a key of `PRESET_VALUES`); ignored where the settings
+            preset: the preset that supplies missing values (a key of `PRESET_VALUES`); ignored where the settings
                 name one themselves.
-            calibrated: what the checkpoint's calibration says (`Calibration.settings`). Its threshold is always
-                taken, its other numbers where the preset is "calibrated" or nothing is published, its target also
-                where none is published.
+            calibrated: the numbers of the checkpoint's calibration (`Calibration.settings`). Its threshold is always
+                used; its target where none is published for the checkpoint; and all of its numbers where the preset
+                is "calibrated" or nothing is published.
         """
         taken = self.takes_from_calibration(preset)
         if self.preset != "auto":
@@ -427,12 +428,12 @@ class Settings:
         values = preset_values(preset, self.method)
         if calibrated is not None:
             values.update({name: value for name, value in calibrated.items() if name in taken})
-        # A target means something only together with its kind: a preset never completes half of the pair.
+        # A target has a meaning only together with its kind, so a preset never supplies one of the two alone.
         if self.target is not None:
             values["target_kind"] = "absolute"
         elif self.target_kind not in (None, values["target_kind"]):
             values["target"] = target_of_kind(self.target_kind, preset, self.method)
-        # When guidance starts is taken as it is where it was asked for.
+        # A start of guidance that was given explicitly is not rescaled.
         if self.preset == "custom" or self.tau is not None or self.latest is not None:
             values["tau_of"] = 0.0
         given = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -440,46 +441,46 @@ class Settings:
         return ResolvedSettings(**{**given, **missing})
 
     def pinned(self, preset: str, calibrated: Mapping[str, Any] | None = None) -> Settings:
-        """An equal form that means the same on any checkpoint, for metadata; arguments as in `resolved`.
+        """Equivalent settings that mean the same on any checkpoint, for metadata; arguments as in `resolved`.
 
-        Settings that follow a preset throughout stay as they are. Where a value differs from the preset's, all
-        of the method's values are spelled out under "custom".
+        Settings that follow a preset throughout are not changed. Where a value differs from the preset's, all of the
+        method's values are spelled out under "custom".
         """
         if self.preset == "calibrated":
-            return self  # its numbers are this machine's; what took effect is told apart
+            return self  # its numbers are this machine's own; the report has those that took effect
         resolved = self.resolved(preset, calibrated)
         if self.preset != "custom":
             nothing: dict[str, Any] = {name: None for name in SPECS if SPECS[name].preset}
             plain = dataclasses.replace(self, **nothing)
             if plain.resolved(preset, calibrated) == resolved:
                 return plain
-        # Together with an explicit τ, none means 0.
+        # Together with an explicit τ, None means 0.
         spelled = {**vars(resolved), "preset": "custom", "tau_of": resolved.tau_of or None}
         return Settings(**spelled)
 
 
 class ResolvedSettings(Settings):
-    """Settings with nothing left to a preset: what methods are given."""
+    """Settings with every value filled in, as methods receive them."""
 
 
 SPECS: dict[str, Spec] = {f.name: f.metadata["spec"] for f in fields(Settings)}
 DEFAULTS = Settings()
 DECIDING = ("method", *dict.fromkeys(spec.only[0] for spec in SPECS.values() if spec.only is not None))
-"""The settings by which others are used or not."""
+"""The settings that decide whether others are used."""
 
 
 def is_open(name: str) -> bool:
-    """Whether a setting that is not given stays so: neither a default nor a preset has a number for it."""
+    """Whether a setting may stay empty: neither a default nor a preset supplies a value."""
     return getattr(DEFAULTS, name) is None and not SPECS[name].preset
 
 
 def shown(name: str, value: Any) -> Any:
-    """What people see of a value: the label of a choice, else the value itself."""
+    """What people see for a value: the label of a choice, otherwise the value itself."""
     choices = SPECS[name].choices
     return value if choices is None else choices[value]
 
 
 def from_shown(name: str, label: Any) -> Any:
-    """The value that a label stands for; what is no label is returned as it is, for `check` to judge."""
+    """The value that a label stands for. Anything else is returned unchanged, for `check` to judge."""
     choices = SPECS[name].choices or {}
     return next((value for value, text in choices.items() if text == label), label)

@@ -1,4 +1,4 @@
-"""Settings as a picture's infotext has them."""
+"""Settings in a picture's infotext."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from lib_memnoise.settings.fields import DEFAULTS, SPECS, Settings
 from lib_memnoise.settings.rules import from_text, used_settings
 
 INFOTEXT = "Memnoise"
-"""The key whose presence says that an image was made with memnoise; its value is the method."""
+"""The key that marks an image as made with memnoise; its value is the method."""
 
 
 def infotext_key(name: str) -> str:
+    """The infotext key of a setting."""
     return INFOTEXT if name == "method" else f"{INFOTEXT} {name.replace('_', ' ')}"
 
 
 def to_infotext(settings: Settings) -> dict[str, Any]:
-    """Infotext of enabled settings: the method, and what differs from the defaults."""
+    """The infotext of enabled settings: the method, and every used setting that differs from its default."""
     text: dict[str, Any] = {INFOTEXT: settings.method}
     for name, value in used_settings(settings).items():
         if name not in ("enabled", "method") and value != getattr(DEFAULTS, name):
@@ -27,7 +28,7 @@ def to_infotext(settings: Settings) -> dict[str, Any]:
 
 
 def from_infotext(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Settings that a picture's infotext names, and a sentence for each that cannot be read.
+    """The settings in a picture's infotext, and a sentence for each that cannot be read.
 
     An infotext without memnoise gives `{"enabled": False}`.
     """

@@ -1,4 +1,4 @@
-"""Types, bounds, and which settings mean anything beside which others."""
+"""Types and bounds of settings, and the rules of which settings are used together with which others."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _TYPES = {"bool": bool, "int": int, "float": float, "str": str}
 
 
 def type_of(name: str) -> type:
-    """bool, int, float or str: the type of a setting's value where one is given."""
+    """The type of a setting's value where one is given: bool, int, float or str."""
     annotation = str(Settings.__dataclass_fields__[name].type)
     return _TYPES[annotation.removesuffix(" | None")]
 
 
 def effective(name: str, values: Mapping[str, Any]) -> Any:
-    """What a setting comes to among these (defaults where they are missing)."""
+    """A setting's effective value among these; missing settings have their defaults."""
     value = values.get(name, getattr(DEFAULTS, name))
     if name == "guidance" and value == "method":
         return METHODS[effective("method", values)].guidance
@@ -29,13 +29,13 @@ def effective(name: str, values: Mapping[str, Any]) -> Any:
 
 
 def condition(name: str, values: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """A setting and the values of which it must take one for this one to be used among these; None: there is none."""
+    """Another setting, followed by the values of it with which this one is used among these; None: there is none."""
     spec = SPECS[name]
     return spec.only if spec.only_with is None else spec.only_with.get(effective("method", values))
 
 
 def is_used(name: str, values: Mapping[str, Any]) -> bool:
-    """Whether a setting means anything among these (defaults where they are missing)."""
+    """Whether a setting has an effect among these; missing settings have their defaults."""
     spec = SPECS[name]
     if spec.methods and effective("method", values) not in spec.methods:
         return False
@@ -50,11 +50,11 @@ def used_settings(settings: Settings) -> dict[str, Any]:
 
 
 def deciders(name: str) -> tuple[str, ...]:
-    """The settings by which this one is used or not."""
+    """The settings that decide whether this one is used."""
     spec = SPECS[name]
     needed = [*(spec.only_with or {}).values(), *([] if spec.only is None else [spec.only])]
     other = tuple(dict.fromkeys(pair[0] for pair in needed))
-    # Where guidance starts unless the settings say otherwise is the method's.
+    # By default the method decides where guidance starts, so "guidance" depends on "method".
     return ("method", *other) if spec.methods or "guidance" in other else other
 
 
@@ -82,10 +82,11 @@ def requirement(name: str) -> str:
 
 
 def check(name: str, value: Any) -> Any:
-    """The value in the setting's own type.
+    """The value, converted to the setting's own type.
 
     Raises:
-        SettingError: unknown name, wrong type, null, not finite, out of bounds, unknown choice.
+        SettingError: the name is unknown, or the value has the wrong type, is null, not finite, out of bounds or not
+            one of the choices.
     """
     if name not in SPECS:
         raise unknown(name)
@@ -97,7 +98,7 @@ def check(name: str, value: Any) -> Any:
         ok = isinstance(value, bool)
     else:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # No conversion before: an integer may be too large for a float.
+        # Compared before it is converted: an integer may be too large for a float.
         ok = number and spec.low is not None and spec.high is not None and spec.low <= value <= spec.high
         if ok and kind is int:
             ok = float(value).is_integer()
@@ -110,16 +111,16 @@ def check(name: str, value: Any) -> Any:
 
 
 def unknown(name: Any) -> SettingError:
-    """That there is no setting of this name, and which one was likely meant."""
+    """The error for an unknown name, with the name that was likely meant."""
     hint = meant(name, {known: spec.label for known, spec in SPECS.items()})
     return SettingError(f"memnoise: there is no setting {echo(name)}{hint}; the settings are {', '.join(SPECS)}.")
 
 
 def from_mapping(given: Mapping[str, Any]) -> Settings:
-    """Validated settings from names and values; missing names take the defaults.
+    """Validated settings from names and values; missing settings have their defaults.
 
     Raises:
-        SettingError: see `check`; also a setting that the others leave without meaning.
+        SettingError: see `check`; or the other settings leave one without an effect.
     """
     for name in given:
         if not isinstance(name, str):
@@ -137,10 +138,10 @@ def from_mapping(given: Mapping[str, Any]) -> Settings:
 
 
 def from_text(name: str, text: Any) -> Any:
-    """A setting's value from the text that infotext or a plot axis holds.
+    """A setting's value from its text in infotext or on a plot's axis.
 
     Raises:
-        SettingError: the text is no valid value.
+        SettingError: the text is not a valid value.
     """
     kind = type_of(name) if name in SPECS else str
     value: Any = text
@@ -151,7 +152,7 @@ def from_text(name: str, text: Any) -> Any:
             if kind is bool:
                 value = {"true": True, "false": False}[text.lower()]
             elif kind in (int, float):
-                # What is no finite number is refused as it was written.
+                # A text that is not a finite number is passed on, so that the error shows it as it was written.
                 value = float(text) if math.isfinite(float(text)) else text
         except (KeyError, ValueError):
             pass

@@ -1,1 +1,1 @@
-"""What torch lacks for evaluating a host's network: patching, checkpointing, gradients in inference mode."""
+"""Helpers for evaluating a host's network in torch: patching, checkpointing, gradients in inference mode."""

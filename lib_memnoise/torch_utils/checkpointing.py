@@ -1,4 +1,4 @@
-"""Activation checkpointing over a U-Net's blocks: less memory for a gradient, for one more forward evaluation."""
+"""Activation checkpointing over a U-Net's blocks: a gradient in less memory, at the cost of one more evaluation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lib_memnoise.torch_utils.patching import standing_in
+from lib_memnoise.torch_utils.patching import patched_forward
 
 
 def blocks(unet: nn.Module) -> list[nn.Module]:
@@ -23,21 +23,21 @@ def blocks(unet: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def checkpointed(unet: nn.Module) -> Iterator[None]:
-    """Within, only the blocks' inputs are kept for the backward pass, in which each block is evaluated again.
+    """A context in which only the blocks' inputs are kept for the backward pass, which evaluates each block again.
 
     Args:
-        unet: has `input_blocks`, `middle_block` and `output_blocks`; those it lacks are passed over. They draw no
-            random numbers (evaluation mode). Whatever function stands in for a block's `forward` is called, and
-            stands there again afterwards.
+        unet: has `input_blocks`, `middle_block` and `output_blocks`; missing ones are skipped. Blocks must not use
+            random numbers (evaluation mode). A function that was already patched in as a block's `forward` is called,
+            and is put back afterwards.
     """
     with contextlib.ExitStack() as restored:
         for block in blocks(unet):
-            restored.enter_context(standing_in(block, functools.partial(_again, block.forward)))
+            restored.enter_context(patched_forward(block, functools.partial(_again, block.forward)))
         yield
 
 
 def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    # Some networks tell their blocks in a dict where in the network they are, and go on to write into it.
+    # Some networks pass their blocks a dict that says where in the network they are, and write into it later.
     kept = [dict(value) if type(value) is dict else value for value in args]
     given = [args]
 

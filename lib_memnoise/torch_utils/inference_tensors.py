@@ -1,4 +1,4 @@
-"""Tensors made in inference mode, for a while as ordinary ones."""
+"""Ordinary tensors in place of those that were made in inference mode."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def normal_tensors(module: nn.Module) -> Iterator[None]:
-    """Within, a module's weights and buffers are ordinary tensors that need no gradient, and share their memory.
+    """A context in which a module's weights and buffers are ordinary tensors on the same memory, without gradients.
 
-    A tensor made in inference mode cannot be saved for a backward pass. One that shares its storage can. What is
-    replaced meanwhile by others stays; weights of a class of their own (quantised ones) are left as they are.
+    A tensor made in inference mode cannot be saved for a backward pass, but an ordinary one that shares its storage
+    can. Weights that others replace within the context stay replaced. Weights of a class of their own (quantised ones)
+    are not changed.
     """
     replaced: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
     try:
@@ -35,7 +36,7 @@ def normal_tensors(module: nn.Module) -> Iterator[None]:
 
 
 def normal(value: Tensor) -> Tensor:
-    """An ordinary tensor on the same memory."""
+    """An ordinary tensor that shares the memory of `value`."""
     with torch.inference_mode(False):
-        made = torch.empty(0, dtype=value.dtype, device=value.device)
-        return made.set_(value.untyped_storage(), value.storage_offset(), value.size(), value.stride())  # type: ignore[call-overload,no-any-return]
+        tensor = torch.empty(0, dtype=value.dtype, device=value.device)
+        return tensor.set_(value.untyped_storage(), value.storage_offset(), value.size(), value.stride())  # type: ignore[call-overload,no-any-return]

@@ -1,4 +1,4 @@
-"""Recognises that there is not enough memory, however it is said."""
+"""Recognises errors that mean that memory ran out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python or torch (on any device) ran out of memory. Needs no torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    said = str(error)
+    message = str(error)
     return isinstance(error, RuntimeError) and any(
-        words in said for words in ("out of memory", "not enough memory", "can't allocate memory")
+        words in message for words in ("out of memory", "not enough memory", "can't allocate memory")
     )

@@ -1,4 +1,4 @@
-"""Functions that stand in for a module's `forward` for a while."""
+"""Temporary replacements of a module's `forward`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 _NOTHING = object()
 
 
-class StandIn:
-    """A function in the place of a module's `forward`; knows what was there before."""
+class PatchedForward:
+    """A function in the place of a module's `forward`, which remembers what was there before."""
 
     def __init__(self, function: Callable[..., Any], before: Callable[..., Any]) -> None:
         self.function = function
@@ -23,17 +23,17 @@ class StandIn:
 
 
 def original(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """What is behind stand-ins, if there are any."""
-    while isinstance(forward, StandIn):
+    """The function behind any patches of ours."""
+    while isinstance(forward, PatchedForward):
         forward = forward.before
     return forward
 
 
 @contextlib.contextmanager
-def standing_in(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Within, `function` answers for the module. Whatever stood there before stands there again afterwards."""
+def patched_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """A context in which `function` is the module's `forward`. Afterwards the previous one is put back."""
     before = module.__dict__.get("forward", _NOTHING)
-    module.__dict__["forward"] = StandIn(function, module.forward)
+    module.__dict__["forward"] = PatchedForward(function, module.forward)
     try:
         yield
     finally:
@@ -45,7 +45,7 @@ def standing_in(module: nn.Module, function: Callable[..., Any]) -> Iterator[Non
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Within, the module's weights get no gradient."""
+    """A context in which the module's weights get no gradient."""
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     try:
         for weight in weights:

@@ -1,4 +1,4 @@
-"""What happens to the noise of one pass, from settings to what its reports say."""
+"""Adjusts the noise of one pass: resolves its settings, applies a calibration, runs the pipeline."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from lib_memnoise.webui.services import calibrations
 
 
 def begin_second(first: ImageReport, settings: Settings) -> ImageReport:
-    """The report of an image's hires pass, which follows what was decided of the image in the first.
+    """The report of an image's hires pass, for which the decision of the first pass holds.
 
-    A score is taken at the first timestep of a sampler: at another one it means nothing beside the same threshold.
+    A score belongs to a sampler's first timestep. The second pass begins at another one, where the same threshold means
+    nothing, so its images are not scored.
     """
     first.hires = second = ImageReport(left_alone=first.left_alone and not first.blank)
     if settings.when == "flagged" and (first.threshold is None or first.blank):
@@ -36,9 +37,10 @@ def begin_second(first: ImageReport, settings: Settings) -> ImageReport:
 
 
 def settings_of_second(current: SamplingPass, generation: Generation) -> Settings:
-    """The settings of a hires pass, whose preset is that of the checkpoint it is sampled with.
+    """The settings of a hires pass, whose preset follows the checkpoint that it is sampled with.
 
-    Where numbers are given, all of the first pass's hold, as its infotext has them: so it makes the same picture.
+    Where the settings give any numbers, all numbers of the first pass hold, as in its infotext, so that the infotext
+    makes the same picture.
     """
     settings = generation.pinned or generation.settings
     kinds = {ABSOLUTE.get(preset, preset) for preset in (checkpoint_preset(current.backend), generation.preset)}
@@ -49,6 +51,7 @@ def settings_of_second(current: SamplingPass, generation: Generation) -> Setting
 
 
 def leave_blank_alone(current: SamplingPass) -> None:
+    """Exclude images with an empty prompt from mitigation, and note it in their reports."""
     reports = current.reports
     for image in blank_images(current.p, current.c, current.empty, current.reference):
         reports[image].blank = reports[image].left_alone = True
@@ -56,10 +59,10 @@ def leave_blank_alone(current: SamplingPass) -> None:
 
 
 def calibrated(current: SamplingPass, generation: Generation, settings: Settings, t: float) -> dict[str, Any] | None:
-    """The numbers of the checkpoint's calibration, where these settings take any and there is one.
+    """The numbers of the checkpoint's calibration; None where the settings use none or there is no calibration.
 
     Raises:
-        NotCalibrated: there is none, and they cannot do without.
+        NotCalibrated: there is no calibration, and the settings need one.
     """
     follows = settings.preset == "calibrated" or settings.takes_from_calibration(
         checkpoint_preset(current.backend)
@@ -83,7 +86,7 @@ def calibrated(current: SamplingPass, generation: Generation, settings: Settings
 
 
 def doubts(known: Calibration | None, settings: Settings, where: str) -> list[str]:
-    """What keeps a calibration from telling which images are memorised."""
+    """Sentences on why the calibration cannot tell, or tells less surely than wanted, which images are memorised."""
     if known is None:
         return [
             f"the checkpoint is not calibrated {where}: memorised or not cannot be told, so that every image counts as "
@@ -100,7 +103,7 @@ def mitigated(
     context: BatchContext,
     on_outcome: Callable[[Outcome], object],
 ) -> Mitigated:
-    """The pipeline, with gradients as the host and its memory allow them."""
+    """The pipeline's result, with gradients computed as the host and its memory allow."""
     evaluated: dict[int, Any] = {}
 
     def with_gradient(x: Tensor, delta: Delta, context: BatchContext) -> Outcome:
@@ -109,7 +112,7 @@ def mitigated(
 
     def keep_evaluated(outcome: Outcome) -> None:
         if torch.equal(outcome.x, current.noise) and not outcome.prompts:
-            # Nothing is to change, to the bit: rows are only spared where they were evaluated as the host would.
+            # The pass must not change by a bit: only rows that were evaluated in the host's own calls may be spared.
             predictor.cache.of_image = evaluated
         on_outcome(outcome)
 

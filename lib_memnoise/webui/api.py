@@ -21,19 +21,19 @@ from lib_memnoise.webui.services.traces import STORE
 
 
 def with_http_errors(what: Callable[[], Any]) -> Any:
-    """The answer, or an HTTP error with one sentence."""
+    """The return value of `what`; what it refuses becomes an HTTP error with one sentence."""
     try:
         return what()
     except scoring.REFUSALS as error:
         status = 409 if isinstance(error, scoring.Stopped) else 422
         raise Refusal(scoring.sentence_of(error), status) from None
     except RecursionError:
-        # The host reads brackets in prompts by recursion.
+        # The host parses brackets in prompts by recursion.
         raise Refusal("memnoise: the prompt's brackets are nested too deeply.") from None
 
 
 def score(body: Any = Body(...)) -> Any:  # noqa: B008
-    """`POST /memnoise/v1/score`: scores of images that are not generated."""
+    """`POST /memnoise/v1/score`: score images without generating them."""
 
     def run() -> Any:
         wanted = json_request.parse(body)
@@ -44,7 +44,7 @@ def score(body: Any = Body(...)) -> Any:  # noqa: B008
 
 
 def calibrate(body: Any = Body(default={})) -> Any:  # noqa: B008
-    """`POST /memnoise/v1/calibrate`: score ordinary prompts on the loaded checkpoint, and keep that."""
+    """`POST /memnoise/v1/calibrate`: score ordinary prompts on the loaded checkpoint, and save the calibration."""
     from lib_memnoise.webui.services import calibrating
 
     def run() -> Any:
@@ -68,12 +68,12 @@ def compare(body: Any = Body(...)) -> Any:  # noqa: B008
 
 
 def list_calibrations() -> Any:
-    """`GET /memnoise/v1/calibrations`."""
+    """`GET /memnoise/v1/calibrations`: every saved calibration, without its scores."""
     return [scoring.summary(calibration) for calibration in calibrations.store().all()]
 
 
 def about() -> Any:
-    """`GET /memnoise/v1/about`: what generates here."""
+    """`GET /memnoise/v1/about`: the version, the loaded checkpoint and the device."""
     if loads_late():
         with call_queue.queue_lock:
             load_checkpoint()
@@ -93,7 +93,7 @@ def about() -> Any:
 
 
 def peak_memory() -> Any:
-    """`POST /memnoise/v1/peak_memory`: most of the GPU's memory in use since it was last asked, in bytes; else null."""
+    """`POST /memnoise/v1/peak_memory`: the peak of GPU memory since the last call, in bytes; null without CUDA."""
     device = devices.get_optimal_device()
     if device.type != "cuda":
         return {"bytes": None}
@@ -103,7 +103,7 @@ def peak_memory() -> Any:
 
 
 def trace(name: str) -> Any:
-    """`GET /memnoise/v1/trace/{name}`."""
+    """`GET /memnoise/v1/trace/{name}`: the traces of a generation's images, while they are kept."""
     document = STORE.get(name)
     if document is None:
         raise Refusal(f"memnoise: there is no trace {echo(name, 40)} (any more).", 404)
@@ -123,10 +123,11 @@ ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
 
 
 def register(_: Any, app: Any) -> None:
-    """`on_app_started`: endpoints under /memnoise/v1, for whoever may use the host's own.
+    """`on_app_started`: add endpoints under /memnoise/v1, for everyone who may use the host's own API.
 
-    Without `--api` the host has none, and the page, which needs none, may be behind a password of its own
-    (`--gradio-auth`) that guards no other route. Where its API has a password (`--api-auth`), so have these.
+    Without `--api` the host has no API, and nothing is added: the page does not need endpoints, and a password on the
+    page (`--gradio-auth`) would not protect them. Where the host's API has a password (`--api-auth`), these endpoints
+    require it as well.
     """
     own = next((route for route in app.routes if getattr(route, "path", "") == "/sdapi/v1/txt2img"), None)
     if own is None:

@@ -1,4 +1,4 @@
-"""The trajectory of the noise as it was drawn, sampled for its trace alone."""
+"""Samples the noise as drawn, only to trace ‖Δ‖ along its trajectory."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from lib_memnoise.webui.sampling_pass import SamplingPass
 
 
 def trace_baseline(current: SamplingPass, predictor: DeltaPredictor, starts: list[Start]) -> None:
-    """Sample unadjusted noise with guidance held back as it will be for the adjusted one (Figures 3, 9, 10).
+    """Sample the unadjusted noise, with guidance held back as it will be for the adjusted noise (Figures 3, 9, 10).
 
-    A sampler and random generators of its own: the picture's sampling finds everything as it would be. It follows
-    the checkpoint throughout, without a refiner. Its rows count as the image's.
+    It has a sampler and random generators of its own, so that the picture's own sampling is not affected. It uses the
+    pass's checkpoint throughout, without a refiner. Its network rows count as the image's.
 
     Args:
-        current: its reports take the trace (`baseline`) and the rows.
+        current: the pass; its reports receive the trace (`baseline`) and the rows.
+        predictor: the Δ of the pass's first step.
         starts: when guidance starts, for every image.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Prompts that add nothing: there is nothing to adjust for them, and no guidance to hold back."""
+"""Finds blank prompts, for which there is nothing to adjust and no guidance to hold back."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from lib_memnoise.sampling.cond_rows import Cond, equal
 from lib_memnoise.webui.host_conditions import follows_negative
 
 NO_WORDS = re.compile(r"(?:AND|[()\[\]\s])*")
-"""A text with nothing in it but the WebUI's syntax."""
+"""Matches a text that consists of the WebUI's syntax alone."""
 
 
 def blank_images(p: Any, c: Any, empty: Callable[[], Cond], reference: str) -> list[int]:
-    """The images of a batch whose prompt is empty, or is encoded as the empty prompt is, in every step and part.
+    """The images of a batch whose prompt is empty, or is encoded like the empty prompt in every step and part.
 
-    `c`: the host's own condition of the prompts. The text alone says it where the host encodes an empty negative prompt
-    otherwise (zeroed, on SDXL), and where a longer prompt of the batch gives an empty one its length; the condition
-    where what there is of a text has no tokens.
+    Both the text and its condition are looked at. The text decides where the conditions of empty prompts differ: SDXL
+    zeroes that of an empty negative prompt, and a longer prompt in the batch pads an empty one. The condition decides
+    where a text has no tokens.
+
+    Args:
+        c: the host's condition of the prompts.
+        empty: encodes the empty prompt.
+        reference: what Δ is measured against, "empty" or "negative".
     """
     texts = p.hr_prompts if getattr(p, "is_hr_pass", False) else p.prompts
-    # The empty prompt is not encoded for this alone.
+    # The empty prompt is not encoded for this purpose alone.
     nothing = None if reference == "negative" and not follows_negative(p, "empty") else empty()
 
     def is_blank(text: str, parts: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The loaded checkpoint: what it is, and loading it."""
+"""The loaded checkpoint: its preset, whether it is supported, and loading it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lib_memnoise.webui.backends.base import WebuiBackend
 
 
 def checkpoint_preset(backend: WebuiBackend) -> str:
-    """The preset that "auto" stands for."""
+    """The preset that "auto" stands for on the loaded checkpoint."""
     model = shared.sd_model
     family = "sd1" if getattr(model, "is_sd1", False) else "sd2" if getattr(model, "is_sd2", False) else "other"
     info = getattr(model, "sd_checkpoint_info", None)
@@ -23,18 +23,19 @@ def checkpoint_preset(backend: WebuiBackend) -> str:
 
 
 def loads_late() -> bool:
-    """Whether the host loads the chosen checkpoint only when it generates, as Forge does."""
+    """Whether the host loads the chosen checkpoint only when a generation begins, as Forge does."""
     return quirks.has("loads late")
 
 
 def load_checkpoint() -> None:
-    """Load the chosen checkpoint if that is not done yet; the caller holds the host's queue."""
+    """Load the chosen checkpoint unless it is loaded. The caller holds the host's queue."""
     if loads_late():
-        with contextlib.suppress(ValueError):  # there is none to choose
+        with contextlib.suppress(ValueError):  # there is no checkpoint to load
             sd_models.forge_model_reload()
 
 
 def raise_if_unsupported(backend: WebuiBackend, settings: Settings) -> None:
+    """Raise `Unsupported` if these settings cannot work with the loaded checkpoint and the host's options."""
     if backend.kind == "flow":
         raise Unsupported("flow models such as SD3 have no noise prediction that memnoise could adjust")
     if needs_gradient(settings) and getattr(shared.cmd_opts, "lowvram", False):

@@ -1,4 +1,4 @@
-"""The conditions that replace an image's prompt for one pass. The host's own stay as they are."""
+"""Conditions that replace an image's prompt for one pass. The host's own conditions are not changed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lib_memnoise.webui.sampling_pass import SamplingPass
 
 
 class ConditioningOverride:
-    """Encodes replacements once for each checkpoint that a pass uses, and gives each step its conditions."""
+    """Encodes replaced prompts once for each checkpoint that a pass uses, and provides the conditions of each step."""
 
     def __init__(self, current: SamplingPass, prompts: Mapping[int, Prompt]) -> None:
         """
         Raises:
-            Unsupported: what the prompts ask for is not to be had on this checkpoint.
+            Unsupported: this checkpoint has no cross-attention, padding or text encoder such as the prompts need.
         """
         self.p, c = current.p, current.c
         self.prompts = dict(prompts)
@@ -58,7 +58,7 @@ class ConditioningOverride:
         ]
 
     def _steps(self) -> tuple[Any, ...]:
-        """Steps as the host gives them to its own prompts' encoding."""
+        """The arguments about steps that the host passes when it encodes its own prompts."""
         p = self.p
         if not p.is_hr_pass:
             return p.firstpass_steps, None, shared.opts.use_old_scheduling
@@ -69,7 +69,7 @@ class ConditioningOverride:
         return p.firstpass_steps, config.total_steps(steps) if config else steps, shared.opts.use_old_scheduling
 
     def _encode(self) -> None:
-        """Conditions of the whole batch, as the host would make them."""
+        """Encode the whole batch as the host would, if any prompt is to be encoded differently."""
         self._encoded, self._encoded_for = None, self._checkpoint()
         if not self._recoded():
             return
@@ -91,31 +91,33 @@ class ConditioningOverride:
         self._encoded = prompts, negative, empty
 
     def _recoded(self) -> list[int]:
-        """The images whose prompt is encoded otherwise; other changes are made to the host's own vectors."""
+        """The images whose prompt is encoded differently. Other changes are made to the host's own vectors."""
         return [i for i, prompt in self.prompts.items() if prompt.text is not None or prompt.pad_zero]
 
     def _now(self) -> Any:
+        """The encoded conditions for the checkpoint that is loaded now."""
         if self._encoded_for != self._checkpoint():
             self._encode()
         return self._encoded
 
     def step_texts(self, image: int, step: int) -> list[str]:
-        """The prompt's parts (AND) as they are at a step."""
+        """The texts of the prompt's parts (AND) at a step."""
         text = self._texts()[image]
         if text not in self._schedules:
             self._schedules[text] = tokens.schedules(text, *self._steps())
         return tokens.step_texts(self._schedules[text], step)
 
     def places(self, text: str) -> tokens.Places:
+        """The places of a text's tokens in its condition."""
         if text not in self._places:
             self._places[text] = tokens.places(text)
         return self._places[text]
 
     def text_cond(self, denoiser: Any, cond: Cond) -> Cond:
-        """The prompts' rows of a step, those of the images in question changed.
+        """The prompts' rows of a step, with those of replaced prompts changed.
 
         Raises:
-            RuntimeError: the rows are not the host's own.
+            RuntimeError: the rows are not the host's own, because another extension changed them.
         """
         step, batch = denoiser.step, denoiser.sampler.sampler_extra_args["cond"].batch
         owners = [image for image, parts in enumerate(batch) for _ in parts]
@@ -132,7 +134,7 @@ class ConditioningOverride:
         return self._with_vectors(cond, owners, step)
 
     def _mixed(self, before: Cond, after: Cond, owners: list[int], edited: list[int]) -> Cond:
-        """What other extensions made of other images' rows stays."""
+        """The rows of `edited` images from `after`, and all others from `before`, as other extensions left them."""
         if cond_rows.vectors(before).shape != cond_rows.vectors(after).shape:
             for image in set(owners).difference(edited):
                 self.reports[image].note("its prompt was padded to the length of another in its batch")
@@ -148,6 +150,7 @@ class ConditioningOverride:
         return mix(before, after)
 
     def _with_vectors(self, cond: Cond, owners: list[int], step: int) -> Cond:
+        """The condition with end tokens zeroed and learnt vectors put in."""
         values = cond_rows.vectors(cond)
         changed = values.clone()
         for image, prompt in self.prompts.items():
@@ -164,11 +167,12 @@ class ConditioningOverride:
                     self.reports[image].note("where its prompt has another length it was heard as it is")
                 elif torch.equal(values[rows], first):
                     changed[rows] = learnt
-                else:  # prompt editing: another prompt, moved as far
+                else:  # prompt editing: another prompt, moved by the same difference
                     changed[rows] = values[rows] + (learnt - first)
         return cond_rows.with_vectors(cond, changed)
 
     def _first_rows(self) -> list[int]:
+        """The image that each row of the first step's condition belongs to."""
         return [image for image, count in enumerate(self.first_owners) for _ in range(count)]
 
     def text_uncond(self, denoiser: Any, uncond: Cond) -> Cond:
@@ -219,7 +223,7 @@ def padded_with_end() -> list[Any]:
 
 @contextlib.contextmanager
 def padding_with_zero() -> Iterator[None]:
-    """Within, text encoders that pad with their end token pad with token 0."""
+    """A context in which text encoders that pad with their end token pad with token 0 instead."""
     encoders = padded_with_end()
     before = [encoder.id_pad for encoder in encoders]
     try:

@@ -1,4 +1,4 @@
-"""The ways to end a mitigation, or to fail a request, in hosts that swallow what hooks raise."""
+"""Ways to end a mitigation or to fail a request. They are needed because hosts swallow what hooks raise."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ from lib_memnoise.webui import quirks, session
 
 Error = TypeVar("Error", bound=Exception)
 FAILED_CELLS = f"{INFOTEXT} failed cells"
-"""Of a plot's info: why some of its cells are empty."""
+"""The key in a plot's info that says why some of its cells are empty."""
 
 
 def named_on_the_page(kind: type[Error]) -> type[Error]:
-    """The page shows `{type's name}: {message}` of what is raised; there the type is called after the extension."""
+    """Rename an error's type after the extension, because the page shows errors as `{type's name}: {message}`."""
     kind.__name__ = INFOTEXT
     return kind
 
 
 @named_on_the_page
 class Failed(RuntimeError):
-    """A mitigation that failed, where the request asked to fail with it."""
+    """A mitigation failed, and the request asked to fail with it."""
 
 
 def is_stopping() -> bool:
-    """Whether nothing more is to be begun: interrupted, skipped, or asked to stop after the image at hand.
+    """Whether no further work should begin: interrupted, skipped, or stopping after the current image.
 
-    The page's Interrupt means the latter with the host's default options, where more than one job is to be done.
+    With the host's default options the page's Interrupt stops after the current image if there is more than one job.
     """
     state = shared.state
     return bool(state.interrupted or state.skipped or getattr(state, "stopping_generation", False))
 
 
 def raise_if_interrupted() -> None:
-    """Raises `Interrupted`, but not where the image at hand is still to be finished: that is to be mitigated."""
-    # A direct call of the network bypasses the host's own check.
+    """Raise `Interrupted` if interrupted or skipped, but not if the current image will still be finished."""
+    # Calling the network directly bypasses the host's own check.
     if shared.state.interrupted or shared.state.skipped:
         raise Interrupted
 
 
 def loses_errors(p: Any) -> bool:
-    """Whether the page would not say what was raised."""
+    """Whether the page would not show an error that is raised."""
     return quirks.has("prints errors", p)
 
 
 def expect_cells(p: Any) -> None:
-    """`setup`: what a plot's cells, which are shallow copies of `p`, tell of their failures is kept in one place."""
+    """`setup`: make the list of failures that a plot's cells share, since they are shallow copies of `p`."""
     setattr(p, session.FAILED_CELLS, [])
 
 
 def fails(p: Any, error: Exception) -> None:
-    """This generation is about to fail. A plot goes on without the cell, and its info says why."""
+    """Record that this generation is about to fail. A plot goes on without the cell, and its info says why."""
     cells = getattr(p, session.FAILED_CELLS, None)
     if cells is not None:
         cells.append(str(error))
@@ -61,13 +61,13 @@ def fails(p: Any, error: Exception) -> None:
 
 
 def keep_failed_cells(p: Any) -> None:
-    """Keep the failures in the parameters that a plot's cells share."""
+    """Write the failures into the parameters that a plot's cells share."""
     if cells := getattr(p, session.FAILED_CELLS, None):
         p.extra_generation_params[FAILED_CELLS] = list(cells)
 
 
 def refuse(p: Any, refusal: Exception) -> None:
-    """Make the request fail with this sentence: the host would swallow it if it were raised from here."""
+    """Make the request fail with this sentence later, since the host would swallow it if it were raised here."""
 
     def init(*args: Any, **kwargs: Any) -> None:
         fails(p, refusal)

@@ -1,4 +1,4 @@
-"""Gradients with respect to the noise in the host's network, within the memory that there is."""
+"""Gradients through the host's network with respect to the noise, within the free memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from lib_memnoise.settings import ResolvedSettings
 from lib_memnoise.torch_utils.oom import is_out_of_memory
 
 GRADIENT_TOLERANCE = 0.05
-"""How far a difference quotient may be from the gradient's length; with the tests' checkpoints they are 0.1 % apart."""
+"""The relative difference allowed between a difference quotient and the gradient's length; in the tests it is 0.1 %."""
 
 
 def run_in_memory(x: Tensor, delta: DeltaPredictor, settings: ResolvedSettings, context: BatchContext) -> Outcome:
-    """`run` in the fastest mode that memory allows; out of memory, it is tried again in one that takes less.
+    """`run` in the fastest mode that memory allows; if memory runs out, it is tried again in the next mode.
 
-    What an attempt evaluated stays counted. Raises what the leanest attempt raises.
+    Rows that a failed attempt evaluated stay counted. Raises whatever the last mode's attempt raises, and `Unsupported`
+    where another extension's functions have a wrong gradient.
     """
     backend = delta.backend
     with backend.gradients():
@@ -46,11 +47,11 @@ def run_in_memory(x: Tensor, delta: DeltaPredictor, settings: ResolvedSettings, 
 
 
 def raise_if_wrong(x: Tensor, delta: DeltaPredictor) -> None:
-    """Compare the gradient of ‖Δ‖ with a finite difference along it, a hundredth of the noise's length each way.
+    """Compare the gradient of ‖Δ‖ with a finite difference along it, of a hundredth of the noise's length each way.
 
     Raises:
-        Unsupported: they differ, or there is no gradient.
-        NoGradient: it can only be evaluated.
+        Unsupported: the two differ, or differentiation fails.
+        NoGradient: the network can be evaluated but not differentiated.
     """
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
@@ -61,7 +62,7 @@ def raise_if_wrong(x: Tensor, delta: DeltaPredictor) -> None:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            # Operations in place, for instance.
+            # In-place operations, for instance.
             reason = str(error).split(":")[0]
             raise Unsupported(f"another extension's functions in the network have no gradient: {reason}") from error
     steep = magnitude(gradient)

@@ -1,8 +1,8 @@
-"""The host's script hooks, in its order: settings in, adjusted noise, what happened out.
+"""The host's script hooks, in the order in which it calls them: settings come in, noise is adjusted, reports go out.
 
-State belongs to the generation (`session`). Other extensions generate inside a generation (a detailer's img2img), with
-the same scripts, arguments and infotext, and hand copies of `p` to hooks out of turn: those are left alone. What the
-host swallows (exceptions in script hooks) is turned into a failing request or into metadata.
+State belongs to the generation (`session`). Other extensions generate inside a generation (a detailer's img2img) with
+the same scripts, arguments and infotext, and pass copies of `p` to hooks out of turn; those are ignored. The host
+swallows exceptions in script hooks, so they are turned into a failing request or into metadata.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from lib_memnoise.webui.services import calibrating, traces
 
 
 def begin(p: Any, settings: Settings | Refusal, *, is_img2img: bool) -> None:
-    """`before_process`: start from a clean slate, and refuse bad settings before anything is sampled.
+    """`before_process`: reset the state, and refuse bad settings before anything is sampled.
 
-    Runs of the other tab's kind that are given this tab's arguments (a script that goes on from the result) are left
-    alone: memnoise is enabled in each tab by itself.
+    A generation of the other tab's kind that gets this tab's arguments (from a script that goes on from the result) is
+    ignored, since memnoise is enabled in each tab separately.
     """
     if is_inside_another() or is_img2img != hasattr(p, "init_images"):
         return
@@ -61,7 +61,7 @@ def begin(p: Any, settings: Settings | Refusal, *, is_img2img: bool) -> None:
 
 
 def is_inside_another() -> bool:
-    """Whether the host is in the middle of a generation, which can only be another one."""
+    """Whether the host is already inside a generation, so that this one is nested in it."""
     frame = sys._getframe()
     while frame := frame.f_back:  # type: ignore[assignment]
         if frame.f_code.co_name == "process_images_inner" and frame.f_globals["__name__"] == "modules.processing":
@@ -70,7 +70,7 @@ def is_inside_another() -> bool:
 
 
 def describe(p: Any) -> None:
-    """`process`: the checkpoint is loaded by now, so settings that follow it can be resolved and written down."""
+    """`process`: write the settings into the infotext. The checkpoint that some of them follow is loaded by now."""
     generation = session.generation_of(p)
     if generation is None:
         return
@@ -96,7 +96,7 @@ def pin(p: Any, generation: Generation, pinned: Settings) -> None:
 
 def _infotext_value(generation: Generation, key: str) -> Any:
     def value(p: Any, index: int, use_main_prompt: bool = False, **_: Any) -> Any:
-        # `index` counts within the batch; a grid stands for the first image of all.
+        # `index` counts within the batch; a grid has the infotext of the very first image.
         place = (0, 0) if use_main_prompt else (p.iteration, index)
         report = generation.images.get(place)
         return None if report is None else report_infotext(report)[key]
@@ -106,18 +106,24 @@ def _infotext_value(generation: Generation, key: str) -> Any:
 
 @dataclass(frozen=True)
 class Adjusted:
-    """The adjusted noise of a pass, and what its guider needs to know."""
+    """The adjusted noise of a pass, with everything that its guider needs."""
 
     mitigated: Mitigated
     settings: ResolvedSettings
     pinned: Settings
-    """As the infotext has them."""
+    """The settings as they are written into the infotext."""
     predictor: DeltaPredictor
     override: ConditioningOverride | None
 
 
 def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
-    """`process_before_every_sampling`: adjust the noise in place and hold guidance back for this pass."""
+    """`process_before_every_sampling`: adjust the noise of this pass, and attach a guider that holds guidance back.
+
+    Args:
+        x: the clean latent where sampling starts from a picture, otherwise the noise, `(B, C, H, W)`.
+        noise: the noise as drawn, `(B, C, H, W)`.
+        c, uc: the host's conditions of the prompts and the negative prompts.
+    """
     generation = session.generation_of(p)
     if generation is None:
         return
@@ -156,13 +162,13 @@ def adjust(current: SamplingPass, generation: Generation) -> Adjusted:
         preset = checkpoint_preset(current.backend)
         pinned = settings.pinned(preset, numbers)
         resolved = settings.resolved(preset, numbers)
-        if is_only_step(p):  # held back there, the prompt would have no say at all
+        if is_only_step(p):  # holding guidance back there would ignore the prompt altogether
             resolved = replace(resolved, tau_of=0.0)
         override: ConditioningOverride | None = None
 
         def on_outcome(outcome: Outcome) -> None:
             nonlocal override
-            progress.close()  # what follows has a progress of its own
+            progress.close()  # the work that follows reports its own progress
             if outcome.prompts:
                 override = ConditioningOverride(current, outcome.prompts)
             if resolved.trace == "compare" and not current.is_hires and not torch.equal(outcome.x, current.noise):
@@ -175,10 +181,10 @@ def adjust(current: SamplingPass, generation: Generation) -> Adjusted:
 
 
 def hand_over(current: SamplingPass, generation: Generation, adjusted: Adjusted) -> None:
-    """Give the sampler its noise and a guider, and write down what happened."""
+    """Give the sampler its noise and a guider, and write the final settings into the infotext."""
     p, settings, predictor = current.p, adjusted.settings, adjusted.predictor
     if not current.is_hires:
-        pin(p, generation, adjusted.pinned)  # by now it is known what a calibration has to say
+        pin(p, generation, adjusted.pinned)  # now with the calibration's numbers
     place(p, generation, current.noise, adjusted.mitigated.outcome.x)
     t, denoiser = predictor.step.t, p.sampler.model_wrap_cfg
     plan = GuidancePlan(
@@ -202,9 +208,10 @@ def hand_over(current: SamplingPass, generation: Generation, adjusted: Adjusted)
 
 
 def is_asked_twice(p: Any, generation: Generation, backend: WebuiBackend) -> bool:
-    """Whether this call is not the one that counts: Forge calls the hook of a hires pass twice.
+    """Whether this call is to be ignored because Forge calls the hook of a hires pass twice.
 
-    First with the first pass's network, which carries its guider, and then with the one that will be sampled with.
+    The first call has the first pass's network, which still carries its guider; the second has the network that will be
+    sampled with.
     """
     if generation.placed is not None and getattr(p, "modified_noise", None) is generation.placed:
         return True
@@ -212,7 +219,7 @@ def is_asked_twice(p: Any, generation: Generation, backend: WebuiBackend) -> boo
 
 
 def place(p: Any, generation: Generation, noise: Tensor, adjusted: Tensor) -> None:
-    """Have the adjusted noise sampled: hosts that have a place for it take it from there, others where it was."""
+    """Put the adjusted noise where the host will sample it from: an attribute of p, or the noise tensor itself."""
     if quirks.has("noise is an attribute", p):
         p.modified_noise = adjusted.to(noise)
         generation.placed = p.modified_noise
@@ -221,7 +228,7 @@ def place(p: Any, generation: Generation, noise: Tensor, adjusted: Tensor) -> No
 
 
 def trace_noise_as_drawn(current: SamplingPass, predictor: DeltaPredictor, settings: ResolvedSettings) -> None:
-    """Trace the noise as drawn. If that fails the pictures come all the same, and say so."""
+    """Trace the noise as drawn. If that fails, the pictures are made all the same, and their notes say so."""
     try:
         trace_baseline(current, predictor, starts_of(current.reports, settings, predictor.step.t, current.cfg_scale))
     except Interrupted:
@@ -233,7 +240,7 @@ def trace_noise_as_drawn(current: SamplingPass, predictor: DeltaPredictor, setti
 
 
 def fail(p: Any, generation: Generation, reports: list[ImageReport], error: Exception) -> None:
-    """The image comes without mitigation and says why, or the request fails if that was asked for."""
+    """Go on without mitigation and say why in the reports, or fail the request if it asked for that."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if is_out_of_memory(error):
         reason = "out of memory while adjusting the noise"
@@ -248,7 +255,7 @@ def fail(p: Any, generation: Generation, reports: list[ImageReport], error: Exce
 
 
 def fail_sampling(p: Any, error: Exception) -> None:
-    """Fail the request when the host starts to sample; it would swallow the exception if it were raised here."""
+    """Make the request fail when the host starts to sample; it would swallow an exception that is raised here."""
 
     def sample(*args: Any, **kwargs: Any) -> None:
         fails(p, error)
@@ -258,14 +265,14 @@ def fail_sampling(p: Any, error: Exception) -> None:
 
 
 def on_cfg_denoiser(params: Any) -> None:
-    """Registered once; looks only at the denoiser it is called for."""
+    """Announce a step to the guider of its denoiser. Registered once, for all generations."""
     guider = session.guider_of(getattr(params, "denoiser", None))
     if guider is not None:
         guider.begin_step(params)
 
 
 def comment(p: Any, batch_number: int) -> None:
-    """`postprocess_batch`: tell the page what happened."""
+    """`postprocess_batch`: show on the page what happened to each image, and store the traces."""
     generation = session.generation_of(p)
     if generation is None:
         return
@@ -283,6 +290,7 @@ def comment(p: Any, batch_number: int) -> None:
 
 
 def summary(settings: Settings, report: ImageReport) -> str:
+    """A report in one line, for the page."""
     parts = ["left alone" if report.left_alone else METHODS[settings.method].label.lower()]
     if report.before is not None:
         after = "" if report.after is None else f" → {report.after:.4g}"
@@ -296,7 +304,7 @@ def summary(settings: Settings, report: ImageReport) -> str:
 
 
 def finish(p: Any, processed: Any) -> None:
-    """`postprocess`: the API's info takes lists of plain values where infotext had functions."""
+    """`postprocess`: replace the infotext's functions by lists of plain values for the API's info, and save traces."""
     keep_failed_cells(p)
     generation = session.generation_of(p)
     if generation is None:

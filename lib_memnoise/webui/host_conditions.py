@@ -1,4 +1,4 @@
-"""Conditions that the host makes for a pass: of the empty prompt, and of the picture."""
+"""Conditions that the host makes for a pass: those of the empty prompt and of the picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lib_memnoise.sampling.cond_rows import Cond
 
 
 def empty_prompt(p: Any) -> Cond:
-    """One row: the empty prompt, encoded as the host encodes an empty negative prompt (zeroed on SDXL)."""
+    """The empty prompt's condition, one row, encoded as the host encodes an empty negative prompt (zeroed on SDXL)."""
     texts = prompt_parser.SdConditioning([""], width=p.width, height=p.height, is_negative_prompt=True)
     with devices.autocast():
         schedules = prompt_parser.get_learned_conditioning(shared.sd_model, texts, p.steps)
@@ -36,16 +36,19 @@ class EmptyPrompt:
 
 
 def follows_negative(p: Any, reference: str) -> bool:
-    """Whether the host's own unconditional rows are the wanted ones: asked for, or all prompts are empty."""
+    """Whether Δ is measured against the host's own unconditional rows: by choice, or because they are empty."""
     prompts = p.hr_negative_prompts if getattr(p, "is_hr_pass", False) else p.negative_prompts
     return reference == "negative" or all(prompt == "" for prompt in prompts or [""])
 
 
 def image_conditioning(p: Any, x: Tensor) -> Tensor:
-    """What the host gives the network of the picture, a row an image.
+    """The network's input about the picture (such as an inpainting mask), one row for each image.
+
+    Args:
+        x: the noise, or the clean latent where sampling starts from a picture, `(B, C, H, W)`.
 
     Raises:
-        Unsupported: it cannot be known.
+        Unsupported: the input cannot be known, or the checkpoint edits pictures by instructions.
     """
     model = shared.sd_model
     if hasattr(p, "init_images"):

@@ -1,4 +1,4 @@
-"""State of the host that evaluating its network touches."""
+"""Restores the host's state that evaluating its network changes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from modules import devices, shared
 
 @contextlib.contextmanager
 def left_as_it_was(p: Any) -> Iterator[None]:
-    """Random state and infotext that evaluating the network touches are for the host to change, not for us.
+    """A context that restores random state, infotext and the progress text at its end.
 
-    An inpainting checkpoint draws from the global generator when its blank image is encoded, and asking a
-    sampler for its schedule writes infotext keys.
+    An inpainting checkpoint uses the global random generator when its blank image is encoded, and a sampler writes
+    infotext keys when it makes its schedule.
     """
-    params, said = dict(p.extra_generation_params), shared.state.textinfo
+    params, textinfo = dict(p.extra_generation_params), shared.state.textinfo
     device = devices.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
@@ -25,4 +25,4 @@ def left_as_it_was(p: Any) -> Iterator[None]:
         finally:
             p.extra_generation_params.clear()
             p.extra_generation_params.update(params)
-            shared.state.textinfo = said
+            shared.state.textinfo = textinfo

@@ -1,4 +1,4 @@
-"""Generations of our own in the middle of the host's, before it samples."""
+"""Runs generations of our own inside one of the host's, before it samples."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ STATE = (
     "job", "job_no", "job_count", "processing_has_refined_job_count", "sampling_step", "sampling_steps",
     "current_latent", "current_image", "current_image_sampling_step", "id_live_preview", "textinfo",
 )  # fmt: skip
-"""What `shared.state` tells of a request's progress. Not what the user asks for: interrupt, skip, stop."""
+"""The attributes of `shared.state` that hold a request's progress; not the user's wishes: interrupt, skip, stop."""
 
 _NONE = object()
 
 
 @contextlib.contextmanager
 def host_set_aside(p: Any) -> Iterator[None]:
-    """Within, other generations may run from a `process` hook of p, which then goes on as if there had been none.
+    """A context in which other generations may run from a `process` hook of p without affecting p's own.
 
-    A skip that was asked for within is used up; an interrupt stays, and ends p's generation too.
+    A skip within the context ends with it; an interrupt stays, and ends p's generation as well.
     """
     with contextlib.ExitStack() as stack:
         for kept in (progress, randomness, comments, lambda: patches(p)):
@@ -37,7 +37,7 @@ def host_set_aside(p: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress() -> Iterator[None]:
-    """The progress within is counted from nothing; afterwards it is p's again, and its time does not count."""
+    """A context whose progress starts from zero. Afterwards p's progress is restored, without the time spent."""
     state = shared.state
     before = {name: getattr(state, name) for name in STATE if hasattr(state, name)}
     began, started = time.time(), getattr(state, "time_start", None)
@@ -55,7 +55,7 @@ def progress() -> Iterator[None]:
 
 @contextlib.contextmanager
 def randomness() -> Iterator[None]:
-    """Random numbers go on where they were."""
+    """A context that restores the state of all random generators at its end."""
     own, arrays, philox = random.getstate(), np.random.get_state(), getattr(rng, "nv_rng", _NONE)
     with torch.random.fork_rng([devices.device] if devices.device.type == "cuda" else []):
         try:
@@ -69,7 +69,7 @@ def randomness() -> Iterator[None]:
 
 @contextlib.contextmanager
 def comments() -> Iterator[None]:
-    """What the text encoder has said so far: the host empties it when a generation begins."""
+    """A context that restores the text encoder's comments, which the host clears when a generation begins."""
     kept = [
         (holder, name, value)
         for holder in (getattr(processing, "model_hijack", None), shared.sd_model)
@@ -85,7 +85,7 @@ def comments() -> Iterator[None]:
 
 @contextlib.contextmanager
 def patches(p: Any) -> Iterator[None]:
-    """The network as it is patched for p: tiling, token merging, and the forks' patches."""
+    """A context that restores the network's patches for p: tiling, token merging, and the forks' own."""
     model = shared.sd_model
     names = ("forge_objects", "forge_objects_after_applying_lora")
     kept = {name: getattr(model, name) for name in names if hasattr(model, name)}

@@ -1,8 +1,7 @@
-"""What a request of the host's own API says to memnoise, seen before the host makes script arguments of it.
+"""Checks memnoise's part of a request to the host's own API, before the host turns it into script arguments.
 
-The host lower-cases titles, drops arguments that are too many, and leaves the page's values where there are none: a
-request can lose its mitigation on the way without a word. The processing object knows nothing of the request any more,
-so that it has to be looked at before.
+The host lower-cases titles, drops surplus arguments and fills in the page's values for missing ones, so a request can
+silently lose its mitigation. The processing object no longer has the request, so it is checked earlier.
 """
 
 from __future__ import annotations
@@ -20,20 +19,22 @@ FORM = '{"args": [true, {"method": "batch_wise"}]}'
 
 
 def watch(app: Any) -> None:
-    """Have the host's API object look before it makes script arguments.
+    """Make the host's API object check requests before it makes script arguments.
 
-    The object is the app's own, made anew with it: nothing of the host's classes is changed, no body is read twice,
-    and what the object cannot do is left alone.
+    Only the app's own API object is changed, which is made anew with each app: no class of the host is changed, and no
+    body is read twice. An object without the method is left as it is.
     """
     endpoints = (getattr(route, "endpoint", None) for route in app.routes if getattr(route, "path", "") in PATHS)
     owners: list[Any] = [getattr(endpoint, "__self__", None) for endpoint in endpoints]
     for api in {id(owner): owner for owner in owners}.values():
         original = getattr(api, "init_script_args", None)
         if original is not None:
-            api.init_script_args = looking(original)
+            api.init_script_args = checked(original)
 
 
-def looking(original: Callable[..., Any]) -> Callable[..., Any]:
+def checked(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The host's `init_script_args`, with a check before it."""
+
     @functools.wraps(original)
     def init_script_args(request: Any, *args: Any, **kwargs: Any) -> Any:
         check(getattr(request, "alwayson_scripts", None))
@@ -43,10 +44,11 @@ def looking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check(scripts: Any) -> None:
-    """Raise what is wrong with a request's `alwayson_scripts`, as far as memnoise is concerned.
+    """Check a request's `alwayson_scripts`, as far as memnoise is concerned.
 
     Raises:
-        Refusal: see below; the settings themselves are judged when a generation begins.
+        Refusal: memnoise is named twice, or its entry has the wrong form. The settings themselves are validated when a
+            generation begins.
     """
     if not isinstance(scripts, Mapping):
         return
@@ -59,19 +61,20 @@ def check(scripts: Any) -> None:
 
 
 def check_entry(entry: Any) -> None:
+    """Raise `Refusal` unless memnoise's entry has the form of `FORM`."""
     if not isinstance(entry, Mapping):
         raise Refusal(
             f"memnoise: alwayson_scripts.memnoise = {echo(entry)} is not valid; it must be a dict such as {FORM}."
         )
     if "args" not in entry:
-        if entry:  # with nothing at all it is off, as where it is not there
+        if entry:  # an empty entry means off, like none at all
             raise Refusal(
                 f"memnoise: alwayson_scripts.memnoise = {echo(entry)} has no args; it must be a dict such as {FORM}."
             )
         return
-    beside = [name for name in entry if name in SPECS]
-    if beside:
-        raise Refusal(f"memnoise: {beside[0]} stands beside args; settings belong within it, as in {FORM}.")
+    misplaced = [name for name in entry if name in SPECS]
+    if misplaced:
+        raise Refusal(f"memnoise: {misplaced[0]} stands beside args; settings belong within it, as in {FORM}.")
     args = entry["args"]
     if not isinstance(args, (list, tuple)):
         raise Refusal(f"memnoise: args = {echo(args)} is not valid; it must be a list, as in {FORM}.")
@@ -82,7 +85,7 @@ def check_entry(entry: Any) -> None:
 
 
 def check_surplus(args: Any) -> None:
-    """Nothing may stand behind a dict of settings, nor behind the last control's value."""
+    """Raise `SettingError` if an argument follows a dict of settings, or the last control's value."""
     form = next((number for number, value in enumerate(args[:2]) if isinstance(value, Mapping)), len(SLOTS) - 1)
     for value in args[form + 1 :]:
         if value not in (None, ""):

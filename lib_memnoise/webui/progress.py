@@ -1,6 +1,4 @@
-"""What the user sees while an adjustment takes its time: the host's progress, over HTTP and in the page, and a bar in
-the console.
-"""
+"""Shows the progress of an adjustment: in the host's own progress, on the page and over HTTP, and as a console bar."""
 
 from __future__ import annotations
 
@@ -16,15 +14,15 @@ from lib_memnoise.core.progress import OnProgress, Progress
 from lib_memnoise.core.report import Generation
 
 CONSOLE_DELAY = 1.0
-"""Seconds before there is a bar in the console: most adjustments take less."""
+"""Seconds before a bar appears in the console; most adjustments take less."""
 
 
 @contextlib.contextmanager
 def show_progress(generation: Generation) -> Iterator[OnProgress]:
-    """Gives what an adjustment tells its progress to.
+    """A context that yields the function to report an adjustment's progress to.
 
-    The host counts sampling steps from 0 when it begins to sample, and works out the time left from the time since the
-    job began: the time that is spent here is left out of that until the picture is there (`count_time`).
+    The host counts sampling steps from 0 when it begins to sample, and estimates the time left from the time since the
+    job began. The time spent in this context is left out of that until the picture is finished (`count_time`).
     """
     state, bar, began = shared.state, None, time.time()
     steps = state.sampling_steps
@@ -53,7 +51,7 @@ def show_progress(generation: Generation) -> Iterator[OnProgress]:
 
 
 def count_time(generation: Generation) -> None:
-    """What `show_progress` left out of the time since the job began is put back."""
+    """Put back the time that `show_progress` left out of the time since the job began."""
     if generation.left_out:
         shared.state.time_start -= generation.left_out
         generation.left_out = 0.0

@@ -1,7 +1,7 @@
-"""Where the hosts differ, besides how they evaluate a network (`backends`): one row each.
+"""The table of differences between hosts, one row for each, besides how they evaluate a network (`backends`).
 
-A host is told by what it has, never by its name, so that a fork that no row was written for is treated by what it
-shares with one. `has` asks; nothing else in the project does.
+A host is recognised by what it has, never by its name, so that an unknown fork is treated like the hosts it resembles.
+All other code asks `has`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Quirk:
     """One row of the table."""
 
     hosts: str
-    """Where it was seen, with the version."""
+    """The hosts that have it, with the versions it was seen in."""
     symptom: str
     present: Callable[[Any], bool]
-    """Asked with the processing object, or None where there is none."""
+    """Whether the host has it; called with the processing object, or with None where there is none."""
 
 
 def _prints_errors(p: Any) -> bool:

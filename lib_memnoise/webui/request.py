@@ -1,6 +1,6 @@
-"""From what the host hands a script (page values, an API payload, a plot cell) to validated settings.
+"""Turns the script's arguments (page values, an API payload, a plot cell) into validated settings.
 
-Order of precedence: X/Y/Z cell, the API's dict, then infotext and page.
+An X/Y/Z cell takes precedence over the API's dict, and that over infotext and page.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from lib_memnoise.webui.failures import loses_errors, named_on_the_page
 from lib_memnoise.webui.session import PLOT, REFUSED
 
 TITLE = "Memnoise"
-"""The script's, by which requests and other scripts name it."""
+"""The script's title, by which requests and other scripts refer to it."""
 
 CONTROLS = tuple(name for name in SPECS if name != "enabled")
 """The settings that have a control on the page, in order."""
 
 SLOTS = ("enabled", "options", "surplus", *CONTROLS, "unreadable")
-"""The script's arguments. `options` takes the API's dict and `surplus` notices an argument too many; both stay
-empty on the page. `unreadable` holds what a pasted infotext said that could not be read."""
+"""The script's arguments. `options` takes the API's dict and `surplus` catches an argument too many; both stay empty on
+the page. `unreadable` holds the parts of a pasted infotext that could not be read."""
 
 
 @named_on_the_page
 class Refusal(HTTPException):
-    """Bad settings: HTTP 422 through the API, and a readable sentence on the page."""
+    """A request is refused, for bad settings: HTTP 422 in the API, and a readable sentence on the page."""
 
     def __init__(self, message: str, status: int = 422) -> None:
         super().__init__(status_code=status, detail=message)
@@ -50,7 +50,7 @@ class Refusal(HTTPException):
 
 
 def requested(p: Any, args: Sequence[Any]) -> Settings | Refusal:
-    """The settings of one generation, or why they cannot be used."""
+    """The settings of one generation, or the reason why they cannot be used."""
     refused: Refusal | None = getattr(p, REFUSED, None)
     if refused is not None:
         return refused
@@ -58,22 +58,22 @@ def requested(p: Any, args: Sequence[Any]) -> Settings | Refusal:
         plot: Mapping[str, Any] = getattr(p, PLOT, {})
         merged = {**from_arguments(args), **plot}
         if plot.keys() & DECIDING:
-            # A plot over methods keeps of the other settings those that the cell's method uses.
+            # In a plot over methods, each cell keeps only the settings that its own method uses.
             merged = {name: value for name, value in merged.items() if is_used(name, merged)}
         return from_mapping(merged)
     except SettingError as error:
         return Refusal(str(error))
     except Exception as error:
-        # The host would swallow it and make the image as if nothing had been asked for.
+        # The host would swallow it and make the image without any mitigation.
         errors.report("memnoise: the settings could not be read", exc_info=True)
         return Refusal(f"memnoise: the settings could not be read ({type(error).__name__}).", status=500)
 
 
 def from_arguments(args: Sequence[Any]) -> dict[str, Any]:
-    """Names and values from the script's arguments (see SLOTS).
+    """Names and values from the script's arguments (see `SLOTS`).
 
-    `[true, {…}]` and `[{"enabled": true, …}]` come from the API; a dict alone means enabled unless it says
-    otherwise. Everything else is the page's controls, or the API's infotext written over them.
+    `[true, {…}]` and `[{"enabled": true, …}]` come from the API; a dict alone means enabled unless it says otherwise.
+    All other forms are the page's controls, or the API's infotext written over them.
 
     Raises:
         SettingError: arguments of another form.
@@ -106,7 +106,7 @@ def from_arguments(args: Sequence[Any]) -> dict[str, Any]:
 
 
 def from_controls(slots: Mapping[str, Any]) -> dict[str, Any]:
-    """The page's controls: what the chosen method uses, and a preset's values only where it is Custom."""
+    """Names and values from the page's controls: those that the method uses; a preset's values only with Custom."""
     values = {name: from_shown(name, slots[name]) for name in CONTROLS if not (is_open(name) and is_empty(slots[name]))}
     deciding = {name: check(name, values[name]) for name in CONTROLS if name in DECIDING}
     preset = check("preset", values["preset"])
@@ -118,18 +118,19 @@ def from_controls(slots: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_empty(text: Any) -> bool:
-    """Whether nothing stands in a control that may stay open."""
+    """Whether a control that may stay empty is empty."""
     return text is None or (isinstance(text, str) and not text.strip())
 
 
 def surplus(value: Any) -> SettingError:
+    """The error for an argument too many."""
     return SettingError(
         f"memnoise: the argument {echo(value)} is one too many; there may be true or false and one dict of settings."
     )
 
 
 def _complaint(value: Any) -> str:
-    """What the page keeps of an infotext that could not be read: sentences, unless a program put something there."""
+    """The content of `unreadable`, made safe to repeat: sentences, unless a program put something else there."""
     if not isinstance(value, str):
         return f"{echo(value)}."
     text = "".join(c if c == '"' else printable(c) for c in value[:1000].replace("memnoise: ", ""))
@@ -137,9 +138,9 @@ def _complaint(value: Any) -> str:
 
 
 def selected_script(p: Any) -> Any:
-    """The selectable script that a request runs, such as a plot; None: it runs none."""
+    """The selectable script that a request runs, such as a plot; None where it runs none."""
     number = p.script_args_value[0] if p.script_args_value else None
-    # Generations that are no request of the host's page or API may have something else in its place.
+    # Generations that do not come from the host's page or API may have something else in its place.
     if not isinstance(number, int) or isinstance(number, bool):
         return None
     selectable = getattr(p.scripts, "selectable_scripts", ())
@@ -147,10 +148,10 @@ def selected_script(p: Any) -> Any:
 
 
 class RefusedArguments(tuple):
-    """A request's arguments that cannot be handed to a selectable script.
+    """A request's arguments, which raise when they are unpacked for a selectable script.
 
-    X/Y/Z catches what its cells raise, so bad settings would cost it every cell in turn. The host unpacks the
-    arguments just before it runs such a script; that is the one place left where a request really fails.
+    X/Y/Z catches errors in its cells, so bad settings would fail every cell in turn. The host unpacks the arguments
+    just before it runs such a script, which is the last place where an error fails the whole request.
     """
 
     refusal: Refusal

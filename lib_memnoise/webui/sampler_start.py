@@ -1,4 +1,4 @@
-"""The sampler's first evaluation, read off the sampler itself."""
+"""The sampler's first evaluation, read from the sampler itself."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ UNIPC_FIRST = 999.0
 
 
 def is_second(p: Any) -> bool:
-    """Whether this pass samples a picture on: img2img, or the second pass of hires fix."""
+    """Whether this pass starts from a picture: img2img, or the second pass of hires fix."""
     return bool(getattr(p, "is_hr_pass", False)) or hasattr(p, "init_images")
 
 
 def steps_of(p: Any) -> tuple[int, int]:
-    """Steps of the pass's schedule, and how many of them are taken before its end where a picture is sampled on."""
+    """The number of steps in the pass's schedule, and how many of them a pass that starts from a picture uses."""
     if not is_second(p):
         return p.steps, 0
     from modules import sd_samplers_common
@@ -32,7 +32,7 @@ def steps_of(p: Any) -> tuple[int, int]:
 
 
 def is_only_step(p: Any) -> bool:
-    """Whether the pass has no step but its first. Samplers that count in timesteps stop at the last of them."""
+    """Whether the pass has only one step. Samplers that count in timesteps take one fewer than scheduled."""
     steps, used = steps_of(p)
     if hasattr(p.sampler, "get_timesteps"):
         return (used if is_second(p) else steps) <= 2
@@ -40,16 +40,18 @@ def is_only_step(p: Any) -> bool:
 
 
 def extra_noise() -> float:
-    """The host's option: so much more of the noise is added to a picture that is sampled on."""
+    """The host's option for extra noise in a pass that starts from a picture."""
     return float(getattr(shared.opts, "img2img_extra_noise", 0.0))
 
 
 def in_timesteps(
     p: Any, sampler: Any, x: Tensor, alphas_cumprod: Tensor
 ) -> tuple[float, float | Tensor, Tensor | float]:
-    """Of a sampler that counts in timesteps: its first, and scale and base of the noise that it starts from.
+    """The start of a sampler that counts in timesteps: its first timestep, and scale and base as in `FirstStep`.
 
-    `x` is the clean latent where a picture is sampled on.
+    Args:
+        x: the clean latent where sampling starts from a picture, otherwise the noise, `(B, C, H, W)`.
+        alphas_cumprod: ᾱ of every timestep, `(1000,)`.
     """
     steps, used = steps_of(p)
     timesteps = sampler.get_timesteps(p, steps).to(x.device)
@@ -61,7 +63,7 @@ def in_timesteps(
 
 
 def in_sigmas(p: Any, sampler: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Of a sampler that counts in sigmas: its first, `(1,)`, and scale and base of the noise that it starts from."""
+    """The start of a sampler that counts in sigmas: its first sigma `(1,)`, and scale and base as in `FirstStep`."""
     steps, used = steps_of(p)
     sigmas = sampler.get_sigmas(p, steps)
     if is_second(p):
@@ -72,13 +74,13 @@ def in_sigmas(p: Any, sampler: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor |
     if sampler.config.name in ("DPM fast", "DPM adaptive"):
         # These two ignore the schedule and start from the model's own largest sigma.
         largest = torch.tensor(sampler.model_wrap_cfg.inner_model.sigmas[-1].item())
-        # They count in −log σ; the way there and back changes σ's last bit.
+        # They count in −log σ, and converting there and back changes the last bit of σ.
         sigma = largest.log().exp().to(x)
     return sigma.reshape(1), scale, 0.0
 
 
 def compvis_first_step(p: Any, sampler: Any, x: Tensor) -> FirstStep:
-    """Where the network is asked at timesteps, with inputs scaled by the sampler's own wrapper."""
+    """The first step of a host whose network takes timesteps and whose sampler's wrapper scales the inputs."""
     if hasattr(sampler, "get_timesteps"):
         t, scale, base = in_timesteps(p, sampler, x, shared.sd_model.alphas_cumprod)
         return FirstStep(t, x.new_full((1,), t), scale, base=base)

@@ -1,4 +1,4 @@
-"""One sampling pass of a generation: what travels together from the hook that begins it."""
+"""One sampling pass of a generation, with everything that belongs to it."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from lib_memnoise.webui.host_conditions import follows_negative, image_condition
 class SamplingPass:
     """A pass as the host is about to sample it.
 
-    A hires fix generation has two; each with its own checkpoint, prompts, schedule and reports.
+    A generation with hires fix has two passes, each with its own checkpoint, prompts, schedule and reports.
     """
 
     p: Any
     """The host's processing object."""
     x: Tensor
-    """Where sampling starts from a picture, its clean latent, else the noise, `(B, C, H, W)`."""
+    """The clean latent where sampling starts from a picture, otherwise the noise, `(B, C, H, W)`."""
     noise: Tensor
     """The noise as drawn, `(B, C, H, W)`."""
     c: Any
-    """The host's conditions of the prompts, all their steps and parts."""
+    """The host's conditions of the prompts, for all steps and parts."""
     uc: Any
-    """Those of the negative prompts; None in hosts that leave them out without guidance."""
+    """The conditions of the negative prompts; None in hosts that leave them out without guidance."""
     backend: WebuiBackend
     reports: list[ImageReport]
     empty: Callable[[], Cond]
@@ -54,27 +54,30 @@ class SamplingPass:
 
     @property
     def cfg_scale(self) -> float:
+        """The CFG scale of this pass."""
         own = self.is_hires and quirks.has("hires has its own scale", self.p)
         return float(self.p.hr_cfg if own else self.p.cfg_scale)
 
     @property
     def follows_negative(self) -> bool:
-        """Whether the host's own unconditional rows are the wanted ones."""
+        """Whether Δ is measured against the host's own unconditional rows."""
         return follows_negative(self.p, self.reference)
 
     @property
     def negative_is_empty(self) -> bool:
+        """Whether all negative prompts are empty."""
         return follows_negative(self.p, "empty")
 
     def predictor(self, *, as_host: bool = False) -> DeltaPredictor:
-        """Δ under the conditions of the first step.
+        """The Δ of the pass, under the conditions of its first step.
 
-        `as_host`: what the host will ask for is evaluated as the host would, its unconditional rows as well.
+        Args:
+            as_host: whether rows that the host will need are evaluated in its own calls, with its unconditional rows.
         """
         p, x, backend, denoiser = self.p, self.x, self.backend, self.p.sampler.model_wrap_cfg
         parts, given = prompt_parser.reconstruct_multicond_batch(self.c, 0)
         parts = backend.composition(parts)
-        # A host may have no negative prompt where the CFG scale is no guidance.
+        # A host may leave out the negative prompt where the CFG scale means no guidance.
         negative = None if self.uc is None else prompt_parser.reconstruct_cond_batch(self.uc, 0)
         same = self.follows_negative and negative is not None
         uncond = negative if same else select_rows(self.empty(), [0] * len(parts))
@@ -91,7 +94,7 @@ class SamplingPass:
             equal = token_length(cond) == token_length(negative)
             calls = backend.first_calls(p, rows, len(parts), equal=equal, sigma=step.sigma)
         image_cond = image_conditioning(p, x)
-        backend.load(x)  # when all is encoded that has to be, which may take the network's place
+        backend.load(x)  # after everything is encoded, since a text encoder may displace the network
         return DeltaPredictor(
             backend=backend,
             step=step,
@@ -108,7 +111,7 @@ class SamplingPass:
         )
 
     def context(self, predictor: DeltaPredictor) -> BatchContext:
-        """What a method may know of the batch besides its noise."""
+        """What a method may use of the batch besides its noise and Δ."""
         t = predictor.step.t
         return BatchContext(
             self.backend.kind,

@@ -1,8 +1,8 @@
-"""Every attribute that memnoise puts on an object of the host, who reads it, and when it goes.
+"""The inventory of attributes that memnoise puts on the host's objects: who reads them, and when they go.
 
-Methods of the host's objects are replaced for one generation: `p.init` and `p.sampler.sample` where a request is to
-fail, the network wrapper's `forward` and `inner_model` while a `WrapperGuider` is attached; and, for the life of the
-app, `init_script_args` of its API object (`payload`).
+Besides these, methods of the host's objects are replaced for one generation: `p.init` and `p.sampler.sample` where a
+request is to fail, and the network wrapper's `forward` and `inner_model` while a `WrapperGuider` is attached. The app's
+API object has its `init_script_args` replaced for the life of the app (`payload`).
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ ATTRIBUTES = {
 
 
 def clear(p: Any) -> None:
+    """Forget an earlier generation of p."""
     setattr(p, GENERATION, None)
 
 
 def begin_generation(p: Any, settings: Settings) -> None:
-    """Give p a generation of its own."""
+    """Begin a generation that belongs to p."""
     generation = Generation(settings)
     generation.looks_at_first = getattr(p, LOOKS, False)
     setattr(p, GENERATION, generation)
@@ -60,22 +61,24 @@ def begin_generation(p: Any, settings: Settings) -> None:
 
 
 def generation_of(p: Any) -> Generation | None:
-    """The generation that was begun for this very object; a copy's `memnoise` is the original's."""
+    """The generation that was begun for this very object. A copy of p has the original's attribute, but gets None."""
     generation: Generation | None = getattr(p, GENERATION, None)
     return generation if generation is not None and getattr(p, OWNER)() is p else None
 
 
 def put_guider(denoiser: Any, guider: Guider) -> None:
+    """Attach a pass's guider to its denoiser."""
     setattr(denoiser, GUIDER, guider)
 
 
 def guider_of(denoiser: Any) -> Guider | None:
+    """The guider that is attached to a denoiser."""
     guider: Guider | None = getattr(denoiser, GUIDER, None)
     return guider
 
 
 def remove_guider(denoiser: Any) -> None:
-    """Take the guider of an earlier pass off a denoiser that is used again."""
+    """Remove an earlier pass's guider from a denoiser that is used again."""
     guider = guider_of(denoiser)
     if guider is not None:
         guider.detach()

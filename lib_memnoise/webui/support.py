@@ -1,4 +1,4 @@
-"""Whether this host has what memnoise needs, and what is there instead where it has not."""
+"""Whether this host has what memnoise needs, and the script that stands in where it does not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HOOK = "process_before_every_sampling"
 
 
 def lacks() -> str | None:
-    """Why memnoise cannot work here, in one sentence; None: it can. Hosts are told by what they have."""
+    """Why memnoise cannot work here, in one sentence; None where it can. Hosts are recognised by what they have."""
     if hasattr(scripts.Script, HOOK):
         return None
     if importlib.util.find_spec("modules.sd_samplers_cfg_denoiser") is None:
@@ -25,7 +25,7 @@ def lacks() -> str | None:
 
 
 class Refused(scripts.Script):  # type: ignore[misc]
-    """What is there instead: says why, on the page and in the metadata of what was to be mitigated."""
+    """The script in hosts without support: it says why, on the page and in images that were to be mitigated."""
 
     def title(self) -> str:
         return "Memnoise"

@@ -1,4 +1,4 @@
-"""Tokens of a prompt, and where they are in its conditions."""
+"""The tokens of a prompt, and their places in its condition."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ from lib_memnoise.sampling.cond_rows import CHUNK
 from lib_memnoise.webui import quirks
 
 Schedules = list[list[Any]]
-"""Of each part of a prompt (AND): `[last step, text]` pairs in order."""
+"""For each part of a prompt (AND), pairs `[last step, text]` in order."""
 
 
 def schedules(prompt: str, *steps: Any) -> Schedules:
-    """A prompt's parts with prompt editing; `steps` as the host gives them to its own encoding."""
+    """A prompt's parts with their prompt editing.
+
+    Args:
+        steps: the arguments about steps that the host passes when it encodes prompts.
+    """
     _, flat, _ = prompt_parser.get_multicond_prompt_list([prompt])
     editing: Schedules = prompt_parser.get_learned_conditioning_prompt_schedules(list(flat), *steps)
     return editing
 
 
 def step_texts(parts: Schedules, step: int = 0) -> list[str]:
-    """The parts as the host has them at a step, a text for each row of the prompt's condition."""
+    """The texts of the parts at a step, one for each row of the prompt's condition."""
     return [next((text for end, text in part if step <= end), part[0][1]) for part in parts]
 
 
 def text_encoder() -> Any:
-    """The (first) text encoder, which has the prompts' tokens.
+    """The first text encoder, which defines the prompts' tokens.
 
     Raises:
-        Unsupported: none that memnoise knows.
+        Unsupported: there is no text encoder that memnoise knows.
     """
     encoder = next((encoder for encoder in text_encoders() if hasattr(encoder, "tokenize_line")), None)
     if encoder is None:
@@ -42,6 +46,7 @@ def text_encoder() -> Any:
 
 
 def text_encoders() -> list[Any]:
+    """All text encoders of the loaded checkpoint."""
     model = shared.sd_model
     if quirks.has("encodes by engines"):
         return [getattr(model, name) for name in quirks.ENGINES if hasattr(model, name)]
@@ -51,17 +56,18 @@ def text_encoders() -> list[Any]:
 
 @dataclass(frozen=True)
 class Places:
-    """Where in a prompt's condition its tokens are."""
+    """The places of a prompt's tokens in its condition."""
 
     starts: tuple[int, ...]
+    """The start token of each chunk."""
     ends: tuple[int, ...]
-    """Of each chunk, the first end token."""
+    """The first end token of each chunk."""
     unpadded: tuple[int, ...]
-    """All that is no padding: starts, words and ends."""
+    """All tokens but the padding: starts, words and ends."""
 
 
 def places(text: str) -> Places:
-    """The places of a text's tokens."""
+    """The places of a text's tokens in its condition."""
     embedder = text_encoder()
     chunks, _ = embedder.tokenize_line(text)
     ends = [chunk.tokens.index(embedder.id_end) for chunk in chunks]
@@ -73,11 +79,12 @@ def places(text: str) -> Places:
 
 
 class Vocabulary(Sequence[str]):
-    """The text encoders' ordinary tokens as text, decoded when asked for.
+    """The text encoders' ordinary tokens as text, each decoded when it is read.
 
-    "" for one that is no token of its own in a prompt: one that no prompt can spell, means something else there, or
-    becomes another token or several, as what stands inside words does. Of CLIP's 49,406 these are 15,385; what is drawn
-    until it is none of them is uniform over the other 34,021, and nothing has to be tokenised in advance.
+    A token is "" if a prompt cannot contain it by itself: no prompt can spell it, its text means something else in a
+    prompt, or its text becomes another token or several, as do pieces from inside words. In CLIP this holds for 15,385
+    of 49,406 tokens. Drawing again while the token is "" is uniform over the other 34,021, and needs no tokenising in
+    advance.
     """
 
     def __init__(self) -> None:
@@ -91,17 +98,17 @@ class Vocabulary(Sequence[str]):
         text = decoded(self._encoder, int(token)).strip()
         if not text or "\ufffd" in text or not text.isprintable() or any(character in SYNTAX for character in text):
             return ""
-        # In each encoder of SDXL.
+        # SDXL has two encoders.
         return text if all(list(other.tokenize([text])[0]) == [int(token)] for other in self._encoders) else ""
 
 
 SYNTAX = "()[]{}<>:|\\#,0123456789"
-"""Characters that mean something in a WebUI's prompt, or may: comments, where chunks are divided, weights."""
+"""Characters that have or may have a meaning in a WebUI's prompt: comments, divisions of chunks, weights."""
 
 
 def token_count(prompt: str, steps: int) -> int:
-    """Tokens of a prompt as it is encoded at the first step, those of its parts (AND) together."""
-    # Behind a chunk's start, up to its first end token.
+    """The number of tokens of a prompt as it is encoded at the first step, over all its parts (AND)."""
+    # Those between a chunk's start token and its first end token.
     return sum(end % CHUNK - 1 for text in step_texts(schedules(prompt, steps)) for end in places(text).ends)
 
 
@@ -110,7 +117,7 @@ def tokenizer_of(embedder: Any) -> Any:
 
 
 def decoded(embedder: Any, token: int) -> str:
-    """A token as it is written."""
+    """The text of a token."""
     tokenizer = tokenizer_of(embedder)
     if hasattr(tokenizer, "decode"):
         return str(tokenizer.decode([token]))
@@ -120,9 +127,9 @@ def decoded(embedder: Any, token: int) -> str:
 
 
 def token_texts(text: str) -> list[str]:
-    """What each place of the condition stands for: "" for the start, the end and padding.
+    """The text of the token at each place of the condition: "" for start, end and padding.
 
-    A word's last token ends in a blank.
+    The last token of a word ends in a blank.
     """
     embedder = text_encoder()
     chunks, _ = embedder.tokenize_line(text)
@@ -140,6 +147,7 @@ def token_texts(text: str) -> list[str]:
 
 
 def token_text(embedder: Any, token: int) -> str:
+    """The text of a token, with a blank where it ends a word."""
     tokenizer = tokenizer_of(embedder)
     if hasattr(tokenizer, "convert_ids_to_tokens"):
         raw = str(tokenizer.convert_ids_to_tokens(token))
@@ -153,12 +161,15 @@ def token_text(embedder: Any, token: int) -> str:
 
 
 def merged(texts: Sequence[str], sizes: Tensor, owners: Sequence[int], images: int) -> list[list[tuple[str, float]]]:
-    """Words with the largest significance of their tokens, an image's largest being 1.
+    """For each image, its words with their significance, scaled so that the largest is 1.
+
+    A word's significance is the largest of its tokens'.
 
     Args:
-        texts: of each row.
+        texts: the text of each row.
         sizes: ‖∂‖Δ‖/∂e_i‖, `(rows, tokens)`.
-        owners: the image of each row.
+        owners: the image that each row belongs to.
+        images: the number of images.
     """
     words_of_image: list[list[tuple[str, float]]] = [[] for _ in range(images)]
     for row, text in enumerate(texts):
