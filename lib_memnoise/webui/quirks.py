@@ -29,12 +29,12 @@ class Quirk:
 
 
 def _prints_errors(p: Any) -> bool:
-    if getattr(p, "is_api", False) or importlib.util.find_spec("modules_forge") is None:
+    if getattr(p, "is_api", False):
         return False
-    if importlib.util.find_spec("modules_forge.main_thread") is None:
+    try:
+        from modules_forge import main_thread
+    except ImportError:
         return False
-    from modules_forge import main_thread
-
     return not hasattr(main_thread, "last_exception")
 
 

@@ -125,7 +125,10 @@ def test_a_method_that_fails_costs_its_own_row_alone(studio: Studio) -> None:
         ({"methods": ["None"]}, 'method = "None" is not valid (did you mean "none"?)'),
         ({"method": ["none"]}, 'there is no "method" in a comparison (did you mean "methods"?); it may have prompt'),
         ({"words": True}, 'there is no "words" in a comparison'),
-        ({"methods": [{"method": "static", "gamma": 1}]}, "gamma = 1 belongs to the method batch_wise"),
+        (
+            {"methods": [{"method": "static", "gamma": 1}]},
+            "gamma = 1 belongs to the methods batch_wise and per_sample",
+        ),
         ({"prompt": ["a", "b"]}, 'prompt = ["a", "b"] is not valid; a comparison takes one prompt.'),
         ({"reference": "no picture"}, "reference is not valid"),
         ({"seeds": list(range(40))}, "160 images are too many"),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lib_memnoise.registry import METHODS
-from lib_memnoise.settings import MITIGATED, PRESETS, SPECS, requirement
+from lib_memnoise.settings import MITIGATED, PRESETS, SPECS, is_used, requirement
 from tests import browser
 from tests.browser import HostPage
 from tests.contract.conftest import Studio
@@ -58,7 +58,7 @@ def expect(locator: Any) -> Any:
 def check_visible(page: HostPage, method: str, *, custom: bool) -> None:
     for name, spec in SPECS.items():
         if spec.methods and not spec.advanced:
-            visible = method in spec.methods and (custom or not spec.preset)
+            visible = is_used(name, {"method": method}) and (custom or not spec.preset)
             expect(page.control(name)).to_be_visible(visible=visible)
 
 

@@ -21,7 +21,10 @@ BAD: list[tuple[Any, list[str]]] = [
     ([True, {"steps": 2.5}], ["steps = 2.5", "a whole number from 0 to 50"]),
     ([True, {"method": "magic"}], ['method = "magic"', "batch_wise, per_sample"]),
     ([True, {"method": None}], ["method = null"]),
-    ([True, {"method": "per_sample", "gamma": 0.5}], ["gamma = 0.5 belongs to the method batch_wise"]),
+    (
+        [True, {"method": "per_sample", "gamma": 0.5}],
+        ["gamma = 0.5 is used only where rule is forward"],
+    ),
     ([True, {"taw": 900}], ['no setting "taw" (did you mean "tau"?)']),
     ([True, {"enabled": "yes"}], ['enabled = "yes"', "true or false"]),
     ([True, {"hires": 1}], ["hires = 1", "true or false"]),
