@@ -45,7 +45,7 @@ def paired_parts(parts: Composition) -> Composition:
 
 
 def which_part(crossattn: Tensor, cond: Cond, rows_of_part: Sequence[list[int]]) -> int | None:
-    """The number of the prompts' part that a chunk of rows is; None where it is none. Equal parts are interchangeable."""
+    """The number of the prompts' part that a chunk of rows is; None where it is none. Equal parts are alike."""
     every = vectors(cond)
     length = every.shape[1]
     for k, rows in enumerate(rows_of_part):
