@@ -90,22 +90,22 @@ def lay_out(
         lines = wrapped(paragraphs, font, width - 2 * MARGIN)
         return Text(left + MARGIN, top + MARGIN, width - 2 * MARGIN, high * len(lines), lines)
 
-    beside = max(cell * 3 // 4, NARROWEST * high)
-    texts = [text(beside + k * cell, 0, cell, [label]) for k, label in enumerate(columns)]
+    label_width = max(cell * 3 // 4, NARROWEST * high)
+    texts = [text(label_width + k * cell, 0, cell, [label]) for k, label in enumerate(columns)]
     top = max(head.height for head in texts) + 2 * MARGIN
     pictures: list[list[tuple[int, int] | None]] = []
     for r, label in enumerate(rows):
-        places = [(beside + k * cell + (cell - size[0]) // 2, top) for k in range(len(columns))]
+        places = [(label_width + k * cell + (cell - size[0]) // 2, top) for k in range(len(columns))]
         pictures.append([place if there else None for place, there in zip(places, shown[r])])
         own = [
-            text(beside + k * cell, top + size[1] if shown[r][k] else top, cell, captions[r][k])
+            text(label_width + k * cell, top + size[1] if shown[r][k] else top, cell, captions[r][k])
             for k in range(len(columns))
         ]
-        own.append(text(0, top, beside, [label]))
+        own.append(text(0, top, label_width, [label]))
         texts += own
         lowest = [top + size[1] if any(shown[r]) else top, *(part.top + part.height for part in own)]
         top = max(lowest) + 2 * MARGIN
-    return Sheet(beside + len(columns) * cell, top, font, texts, pictures)
+    return Sheet(label_width + len(columns) * cell, top, font, texts, pictures)
 
 
 def render(sheet: Sheet, rows: Sequence[Sequence[Image.Image]], *, background: str, ink: str) -> Image.Image:
