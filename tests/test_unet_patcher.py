@@ -151,7 +151,7 @@ def test_the_u_net_of_a_pass_does_not_keep_what_belongs_to_the_request(backend: 
             return 10 * apply_model(args["input"], args["timestep"], **args["c"])
 
     gate = Doubling()
-    wrapper = copy.deepcopy({"options": backend.patcher_guider.standing_before(gate, inner if patched else None)})[
+    wrapper = copy.deepcopy({"options": backend.patcher_guider.weak_wrapper(gate, inner if patched else None)})[
         "options"
     ]
     args = {"input": 3, "timestep": 1, "c": {"more": 5}, "cond_or_uncond": [0]}

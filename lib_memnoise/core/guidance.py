@@ -55,7 +55,7 @@ class Start:
         return self.at_transition or self.opposite > 0
 
     def observe(self, timestep: float, magnitude: float) -> None:
-        """Add ‖Δ(x_t, t)‖ of this step to the curve, before `is_off` is asked for it."""
+        """Add ‖Δ(x_t, t)‖ of this step to the curve, before `is_off` is called for it."""
         if not self.curve or timestep < self.curve[-1][0]:  # some samplers evaluate twice at one timestep
             self.curve.append((timestep, magnitude))
 

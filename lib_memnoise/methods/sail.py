@@ -125,7 +125,7 @@ def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: Batch
         x, delta, context, lr=settings.lr, alpha=settings.alpha, target=aim, max_steps=settings.max_steps,
         redraws=settings.redraws, patience=PATIENCE,
     )  # fmt: skip
-    # An image none of whose noises had a finite loss has no adjusted noise either; NaN makes it fail.
+    # Without a finite loss there is no adjusted noise either; NaN makes the image fail.
     latents = result.x.masked_fill(~per_image(torch.isfinite(result.after)), float("nan"))
     outcome = Outcome(latents, steps=result.steps, used={"lr": settings.lr, "alpha": settings.alpha, "target": used})
     for image, (reached, redraws) in enumerate(zip(result.reached.tolist(), result.redraws.tolist())):

@@ -84,5 +84,5 @@ QUIRKS = {
 
 
 def has(name: str, p: Any = None) -> bool:
-    """Whether the host at hand has this quirk."""
+    """Whether the running host has this quirk."""
     return QUIRKS[name].present(p)

@@ -58,7 +58,7 @@ def requested(p: Any, args: Sequence[Any]) -> Settings | Refusal:
         plot: Mapping[str, Any] = getattr(p, PLOT, {})
         merged = {**from_arguments(args), **plot}
         if plot.keys() & DECIDING:
-            # In a plot over methods, each cell keeps only the settings that its own method uses.
+            # In a plot over methods each cell keeps only the settings that its own method uses.
             merged = {name: value for name, value in merged.items() if is_used(name, merged)}
         return from_mapping(merged)
     except SettingError as error:

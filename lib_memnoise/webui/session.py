@@ -43,7 +43,7 @@ ATTRIBUTES = {
     REFUSED: Attribute("p", "why its plot was left out, so that p itself can say so", "request", "with p"),
     FAILED_CELLS: Attribute("p, shared by its plot's cells", "why cells failed", "failures", "with p"),
     GUIDER: Attribute("a denoiser", "the pass's `Guider`", "hooks.on_cfg_denoiser", "with its next pass"),
-    INNER: Attribute("the function before a U-Net", "what it stands before", "backends", "with the pass's U-Net"),
+    INNER: Attribute("the function that wraps a U-Net", "what it wraps", "backends", "with the pass's U-Net"),
 }
 
 

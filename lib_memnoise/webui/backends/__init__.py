@@ -1,7 +1,7 @@
-"""How each kind of host evaluates its network.
+"""The backends: how each kind of host evaluates its network.
 
-Hosts are told apart by what their checkpoint has, not by their names: AUTOMATIC1111 (`compvis`) calls the checkpoint's
-`apply_model`; hosts whose checkpoint has `forge_objects` patch a U-Net (`unet_patcher`).
+Hosts are distinguished by what their checkpoint has, not by their names: AUTOMATIC1111 (`compvis`) calls the
+checkpoint's `apply_model`; hosts whose checkpoint has `forge_objects` patch a U-Net (`unet_patcher`).
 """
 
 from modules import shared
@@ -10,7 +10,7 @@ from lib_memnoise.webui.backends.base import WebuiBackend
 
 
 def detect() -> WebuiBackend:
-    """The backend that fits the loaded checkpoint. A pass asks once, and hands it on."""
+    """The backend for the loaded checkpoint. A pass detects it once and passes it on."""
     if hasattr(shared.sd_model, "forge_objects"):
         from lib_memnoise.webui.backends import unet_patcher
 

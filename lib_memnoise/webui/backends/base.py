@@ -1,4 +1,4 @@
-"""What a WebUI's backend can do besides evaluating its network."""
+"""The interface of a WebUI's backend, which adds to evaluating its network what a pass needs to know of its sampler."""
 
 from __future__ import annotations
 
@@ -14,32 +14,42 @@ from lib_memnoise.webui import failures
 
 
 class WebuiBackend(Backend):
-    """A backend whose generations are a WebUI's processing objects, called p."""
+    """A backend for a WebUI, whose generations are processing objects called p."""
 
     def load(self, x: Tensor) -> None:
-        """Load the model, leaving room for latents shaped like x; hosts that keep it loaded do nothing."""
+        """Load the model, leaving room for latents shaped like x. A no-op in hosts that keep it loaded."""
 
     @abc.abstractmethod
     def first_step(self, p: Any, sampler: Any, x: Tensor) -> FirstStep:
-        """The first evaluation of a pass. x: the clean latent where sampling starts from a picture, else the noise."""
+        """The first evaluation of a pass.
+
+        Args:
+            x: the clean latent where sampling starts from a picture, otherwise the noise, `(B, C, H, W)`.
+        """
 
     def composition(self, parts: Composition) -> Composition:
         """The prompts' parts as this host combines them."""
         return parts
 
     def padded(self, denoiser: Any, cond: Cond, uncond: Cond) -> tuple[Cond, Cond]:
-        """Both conditions, of equal lengths where this host evaluates them so."""
+        """Both conditions, padded to equal lengths where this host pads them."""
         return cond, uncond
 
     def first_calls(self, p: Any, rows: int, images: int, *, equal: bool, sigma: float) -> tuple[tuple[int, int], ...]:
-        """The calls in which the sampler's first step evaluates its rows, where that can be chosen.
+        """The calls in which the sampler's first step evaluates its rows; empty where they cannot be reproduced.
 
-        Each is a range of rows; rows are those of the prompts, then the unconditional rows.
+        Each call is a range of rows, which are the prompts' rows followed by the unconditional rows.
+
+        Args:
+            rows: the number of the prompts' rows.
+            images: the number of images.
+            equal: whether the prompts' condition and the unconditional one have equal lengths.
+            sigma: the sigma of the first step.
         """
         return ()
 
     def is_used(self) -> bool:
-        """Whether the network at hand carries an earlier pass's guider, and another one will be sampled with."""
+        """Whether the current network carries an earlier pass's guider, so that another one will be sampled with."""
         return False
 
     @abc.abstractmethod
@@ -47,5 +57,5 @@ class WebuiBackend(Backend):
         """A guider for the pass that this denoiser samples."""
 
     def raise_if_interrupted(self) -> None:
-        # A direct call of the network bypasses the host's own check.
+        # Calling the network directly bypasses the host's own check.
         failures.raise_if_interrupted()

@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's network: `apply_model` of the checkpoint, which takes timesteps and gives native outputs."""
+"""The backend for AUTOMATIC1111: the checkpoint's `apply_model` takes timesteps and returns native outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lib_memnoise.webui.sampler_start import compvis_first_step
 
 
 def conditioning(text: Cond, image: Tensor, *, unconditional: bool) -> Conditions:
-    """The condition dict that the host's denoiser gives the network for these rows."""
+    """The condition dict that the host's denoiser passes to the network for these rows."""
     if shared.sd_model.model.conditioning_key == "crossattn-adm":
         return {"c_crossattn": [text], "c_adm": torch.zeros_like(image) if unconditional else image}
     if isinstance(text, Mapping):
@@ -30,7 +30,7 @@ def conditioning(text: Cond, image: Tensor, *, unconditional: bool) -> Condition
 
 
 def leaves_out_unconditional(p: Any, sigma: float, step: int = 0, steps: int = 1) -> bool:
-    """Whether the host's step of this number evaluates no unconditional rows ("skip early CFG", NGMS)."""
+    """Whether the host leaves out the unconditional rows in this step ("skip early CFG", NGMS)."""
     early, floor = getattr(shared.opts, "skip_early_cond", 0.0), getattr(p, "s_min_uncond", 0.0)
     if early != 0.0 and step / steps <= early:
         return True
@@ -59,7 +59,7 @@ class CompVisBackend(WebuiBackend):
         return compvis_first_step(p, sampler, x)
 
     def padded(self, denoiser: Any, cond: Cond, uncond: Cond) -> tuple[Cond, Cond]:
-        """With the padding that the host's options ask for where their lengths differ."""
+        """Both conditions, padded as the host's options say where their lengths differ."""
         if token_length(cond) == token_length(uncond):
             return cond, uncond
         for option in ("pad_cond_uncond_v0", "pad_cond_uncond"):
@@ -71,10 +71,7 @@ class CompVisBackend(WebuiBackend):
         return cond, uncond
 
     def first_calls(self, p: Any, rows: int, images: int, *, equal: bool, sigma: float) -> tuple[tuple[int, int], ...]:
-        """The calls in which the host's first step evaluates its rows, each from a row to the next call's first.
-
-        Rows are those of the prompts, then the unconditional ones, unless the host leaves these out.
-        """
+        """The calls of the host's first step, without unconditional rows where the host leaves these out."""
         together = getattr(shared.opts, "batch_cond_uncond", True)
         skipped = leaves_out_unconditional(p, sigma)
         if equal or skipped:
@@ -89,15 +86,15 @@ class CompVisBackend(WebuiBackend):
         unconditional = conditioning(query.uncond, query.image_cond, unconditional=True)
         at = query.step.at
         if query.unconditional is not None:
-            return [(conditional, ask(inputs[owners], at, conditional)), (unconditional, query.unconditional)]
+            return [(conditional, apply_model(inputs[owners], at, conditional)), (unconditional, query.unconditional)]
         if query.calls:
             return self._as_host(query, inputs, owners, cond, conditional, unconditional)
         if token_length(cond) == token_length(query.uncond) and getattr(shared.opts, "batch_cond_uncond", True):
-            out = ask(torch.cat([inputs[owners], inputs]), at, joined(conditional, unconditional))
+            out = apply_model(torch.cat([inputs[owners], inputs]), at, joined(conditional, unconditional))
             return list(zip((conditional, unconditional), out.split([len(owners), len(inputs)])))
         return [
-            (conditional, ask(inputs[owners], at, conditional)),
-            (unconditional, ask(inputs, at, unconditional)),
+            (conditional, apply_model(inputs[owners], at, conditional)),
+            (unconditional, apply_model(inputs, at, unconditional)),
         ]
 
     def _as_host(
@@ -109,10 +106,9 @@ class CompVisBackend(WebuiBackend):
         conditional: Conditions,
         unconditional: Conditions,
     ) -> Evaluated:
-        """The same rows, those that the host will ask for in its very calls: what is handed over is then exact.
+        """Evaluate the rows that the host will need in the host's own calls, so that cached outputs are exact.
 
-        Beside the prompts' rows and the unconditional ones come the host's own unconditional rows, where these are
-        others.
+        Where the host's own unconditional rows differ from `query.uncond`, they are evaluated besides.
         """
         count, at = len(owners), query.step.at
         own = query.uncond if query.host_uncond is None else query.host_uncond
@@ -127,22 +123,22 @@ class CompVisBackend(WebuiBackend):
                 condition = select_rows(conditional, range(a, b))
             else:
                 condition = theirs
-            parts.append(ask(every[a:b], at, condition))
+            parts.append(apply_model(every[a:b], at, condition))
         out = torch.cat(parts)
         prompts, others = (conditional, out[:count]), [(theirs, out[count:])] if len(out) > count else []
         if query.host_uncond is None and others:
             return [prompts, *others]
-        return [prompts, (unconditional, ask(inputs, at, unconditional)), *others]
+        return [prompts, (unconditional, apply_model(inputs, at, unconditional)), *others]
 
     def unconditional(self, query: DeltaQuery, inputs: Tensor) -> Tensor:
         given = conditioning(query.uncond, query.image_cond, unconditional=True)
-        return ask(inputs, query.step.at, given)
+        return apply_model(inputs, query.step.at, given)
 
     def state(self) -> tuple[Any, ...]:
-        """Extensions put functions of their own in these places, and token merging is off during gradients."""
+        """The functions that extensions may replace, and token merging, which is off during gradients."""
         model = shared.sd_model
         if self.is_doubtful():
-            return (object(),)  # like no other
+            return (object(),)  # equal to no other state
         return (
             model.apply_model,
             model.model.forward,
@@ -153,19 +149,19 @@ class CompVisBackend(WebuiBackend):
     def is_patched(self) -> bool:
         modules = list(self.unet.modules())
         hooks = [hook for m in modules for kind in (m._forward_hooks, m._forward_pre_hooks) for hook in kind.values()]
-        # Some put a module's own `forward` back as its attribute; and the host has hooks too.
+        # Some extensions restore a module's own `forward` as an attribute; and the host has hooks of its own.
         return any(
             getattr(original(module.forward), "__func__", None) is not type(module).forward for module in modules
         ) or any(not str(getattr(hook, "__module__", "")).startswith(("modules.", "lib_memnoise.")) for hook in hooks)
 
     def is_doubtful(self) -> bool:
-        # The host's own torch for its U-Nets has nothing of its own but what is put there.
+        # The host's U-Nets use a torch module of their own, whose attributes are only those that extensions set.
         own_torch = getattr(sys.modules.get("modules.sd_hijack_unet"), "th", None)
         return self.is_patched() or (own_torch is not None and bool(vars(own_torch)))
 
     @contextlib.contextmanager
     def gradients(self) -> Iterator[None]:
-        """Weights frozen (only x needs a gradient) and token merging off (its gradient is wrong)."""
+        """A context with frozen weights (only x needs a gradient) and without token merging (its gradient is wrong)."""
         model = shared.sd_model
         merging = getattr(model, "applied_token_merged_ratio", 0)
         with frozen(model.model):
@@ -179,16 +175,17 @@ class CompVisBackend(WebuiBackend):
         return WrapperGuider(self, p, denoiser, plan)
 
 
-def ask(inputs: Tensor, at: Tensor, cond: Conditions) -> Tensor:
+def apply_model(inputs: Tensor, at: Tensor, cond: Conditions) -> Tensor:
+    """The native outputs `(rows, C, H, W)` of the network, at one timestep `at`, `(1,)`, for all rows."""
     out: Tensor = shared.sd_model.apply_model(inputs, at.expand(inputs.shape[0]), cond=cond)
     return out
 
 
 class WrapperGuider(Guider):
-    """Sits on the sampler's network wrapper.
+    """A guider that replaces the `forward` of the sampler's network wrapper.
 
-    The host's denoiser evaluates a list of rows at each of its steps, in one call or several: the prompts of every
-    image, then the unconditional ones.
+    The host's denoiser evaluates a list of rows in each of its steps, in one call or several: the prompts of every
+    image, then the unconditional rows.
     """
 
     def __init__(self, backend: CompVisBackend, p: Any, denoiser: Any, plan: GuidancePlan) -> None:
@@ -201,12 +198,12 @@ class WrapperGuider(Guider):
         return self._padded(denoiser, cond, uncond)
 
     def attach(self, denoiser: Any) -> None:
-        """Answer for this denoiser's network wrapper; it is a new one after a refiner switch."""
+        """Stand in for this denoiser's network wrapper, which is a new one after a refiner switch."""
         if self.inner is denoiser.inner_model:
             return
         self.inner = denoiser.inner_model
         self._offset = 0
-        """Rows of the step that have been asked for."""
+        """The number of rows of this step that the host has evaluated."""
         self._forward = self.inner.forward
         self._own = self.forward
         self.in_parts = "forward" in vars(self.inner)
@@ -218,11 +215,11 @@ class WrapperGuider(Guider):
                     "that of the network without it" + (" and is not traced" if self.plan.tracing else "")
                 )
         self._cached = CachedModel(self.inner.inner_model, self.cache, self.backend)
-        # Beside the module of this name, which stays where it is.
+        # Set in the instance's dict, which hides the submodule of this name and leaves it in place.
         self.inner.__dict__["inner_model"] = self._cached
 
     def detach(self) -> None:
-        """Let the wrapper answer for itself again: img2img samples every batch with the same one."""
+        """Restore the wrapper: img2img samples every batch with the same one."""
         if self.inner is None:
             return
         if self.inner.forward is self._own:
@@ -283,6 +280,6 @@ class WrapperGuider(Guider):
         differences = prompts - unconditional
         if self.step.scale is not None:  # the host has ε_u + w Σ w_k (row_k − ε_u)
             return list(unconditional - s / self.step.scale * differences)
-        # Here the first row stands for the unconditional one, so that they must be what is wanted themselves.
+        # Without unconditional rows the host uses the prompts' outputs directly, so each must be the wanted output.
         weights = differences.new_tensor(self.step.weights[image]).reshape(-1, 1, 1, 1)
         return [unconditional - s * (weights * differences).sum(0)] * len(prompts)

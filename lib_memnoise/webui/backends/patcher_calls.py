@@ -1,4 +1,4 @@
-"""What hosts that patch a U-Net hand its network, and what they call it by."""
+"""The calls of the network in hosts that patch a U-Net: names, inputs and chunks of rows."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lib_memnoise.sampling.backend import Composition
 from lib_memnoise.sampling.cond_rows import Cond, Conditions, vectors
 
 WRAPPER = "model_function_wrapper"
-"""The U-Net's option: a function that stands in front of the network."""
-BESIDE = ("transformer_options", "control", "control_model")
-"""What the network is given beside conditions."""
+"""The U-Net's option for a function that wraps the network."""
+NOT_CONDITIONS = ("transformer_options", "control", "control_model")
+"""The network's inputs that are not conditions."""
 COND, UNCOND = 0, 1
-"""How the host marks chunks of rows."""
+"""The host's marks of chunks of rows."""
 ELSEWHERE = 1 << 30
-"""Number of a row that is none of the step's own."""
+"""The number of a row that does not belong to the step."""
 
 
 def patcher() -> Any:
-    """The U-Net with the patches of the pass at hand."""
+    """The U-Net with the patches of the current pass."""
     return shared.sd_model.forge_objects.unet
 
 
 def scaling(model: Any) -> Any:
-    """What converts between the network's inputs and outputs and the sampler's latents."""
+    """The object that converts between the network's inputs and outputs and the sampler's latents."""
     return model.predictor if hasattr(model, "predictor") else model.model_sampling
 
 
@@ -39,13 +39,13 @@ def gain(model: Any, sigma: Tensor) -> float:
 
 
 def paired_parts(parts: Composition) -> Composition:
-    """The host pairs the k-th parts of all images: as many as the shortest prompt has, weighted as the last one's."""
+    """The parts as the host uses them: as many as the shortest prompt has, with the weights of the last prompt."""
     count = min(len(own) for own in parts)
     return [[(row, weight) for (row, _), (_, weight) in zip(own[:count], parts[-1])] for own in parts]
 
 
 def which_part(crossattn: Tensor, cond: Cond, rows_of_part: Sequence[list[int]]) -> int | None:
-    """Which part of the prompts a chunk of rows is. Of equal ones any will do."""
+    """The number of the prompts' part that a chunk of rows is; None where it is none. Equal parts are alike."""
     every = vectors(cond)
     length = every.shape[1]
     for k, rows in enumerate(rows_of_part):
@@ -56,12 +56,12 @@ def which_part(crossattn: Tensor, cond: Cond, rows_of_part: Sequence[list[int]])
 
 
 def contents(c: Mapping[str, Any]) -> Conditions:
-    """The conditions among what the network is given."""
-    return {key: value for key, value in c.items() if key not in BESIDE}
+    """The conditions among the network's inputs."""
+    return {key: value for key, value in c.items() if key not in NOT_CONDITIONS}
 
 
 def nested(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Every tensor in nested lists and dicts changed; the lists and dicts are new, for the network empties them."""
+    """Apply a function to every tensor in nested lists and dicts; these are new, because the network empties them."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
@@ -70,13 +70,18 @@ def nested(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def marks_of(c: Mapping[str, Any], rows: int) -> list[int]:
-    """COND or UNCOND of each row."""
+    """The mark of each row, COND or UNCOND."""
     chunks = c["transformer_options"]["cond_or_uncond"]
     return [mark for mark in chunks for _ in range(rows // len(chunks))]
 
 
 def some_rows(c: Mapping[str, Any], rows: Sequence[int], marks: Sequence[int] | None = None) -> dict[str, Any]:
-    """What the network is given for some rows, each a chunk of its own; `marks` instead of those they have."""
+    """The network's inputs for some rows, each as a chunk of its own.
+
+    Args:
+        c: the inputs of a whole call.
+        marks: replaces the rows' own marks.
+    """
     count = c["c_crossattn"].shape[0]
 
     def take(value: Tensor) -> Tensor:
@@ -102,5 +107,5 @@ def some_rows(c: Mapping[str, Any], rows: Sequence[int], marks: Sequence[int] | 
 def call_behind(
     inner: Callable[..., Tensor] | None, apply_model: Callable[..., Tensor], args: dict[str, Any]
 ) -> Tensor:
-    """What a wrapper of the network stands before: another one, or the network."""
+    """Call what a wrapper wraps: another wrapper, or the network."""
     return apply_model(args["input"], args["timestep"], **args["c"]) if inner is None else inner(apply_model, args)

@@ -1,4 +1,4 @@
-"""Stands before the U-Net of one pass, in hosts that patch one."""
+"""The guider for hosts that patch a U-Net: it wraps the U-Net of one pass."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ from lib_memnoise.webui.backends.patcher_calls import (
 from lib_memnoise.webui.backends.patcher_hosts import StepNow, host
 
 
-def standing_before(guider: PatchGuider, inner: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
-    """What a U-Net's options take for a guider. It holds the guider weakly, as the pass's denoiser holds it.
+def weak_wrapper(guider: PatchGuider, inner: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+    """A function for the U-Net's options that calls the guider, which it references weakly.
 
-    A host may keep a checkpoint, and with it the U-Net of its last pass, for as long as it runs: what belongs to a
-    request must not hang on that. A plain function, since the host copies options deeply, and those it leaves alone.
+    A host may keep a checkpoint, and with it the U-Net of its last pass, for as long as it runs; that must not keep the
+    objects of a request alive. The pass's denoiser holds the guider. The wrapper is a plain function because the host
+    makes deep copies of options, which leave functions alone.
     """
     weakly = weakref.ref(guider)
 
@@ -49,10 +50,9 @@ def standing_before(guider: PatchGuider, inner: Callable[..., Tensor] | None) ->
 
 
 class PatchGuider(Guider):
-    """Stands in front of the pass's own copy of the U-Net, which the host drops with the next.
+    """A guider that wraps the pass's own copy of the U-Net, which the host drops with the next pass.
 
-    It takes its place at the first step, when every extension has made its patches, and again where a refiner takes
-    over.
+    It attaches at the first step, after every extension has made its patches, and again where a refiner takes over.
     """
 
     def __init__(self, backend: WebuiBackend, p: Any, plan: GuidancePlan) -> None:
@@ -78,7 +78,7 @@ class PatchGuider(Guider):
 
         unet = objects.unet.clone()
         self._inner = unet.model_options.get(WRAPPER)
-        unet.model_options[WRAPPER] = self._wrapper = standing_before(self, self._inner)
+        unet.model_options[WRAPPER] = self._wrapper = weak_wrapper(self, self._inner)
         objects.unet = self._unet = unet
         self._cached = CachedModel(self, self.cache, self.backend, compared=contents, selected=some_rows)
 
@@ -90,7 +90,7 @@ class PatchGuider(Guider):
         paired = paired_parts([[(k, part.weight) for k, part in enumerate(parts)] for parts in batch])
         weights = [[weight for _, weight in own] for own in paired]
         lengths = [len(parts) for parts in batch]
-        # Rows of the texts that are each part.
+        # For each part, its rows in the texts' condition.
         self._rows_of_part = [[sum(lengths[:i]) + k for i in range(len(batch))] for k in range(min(lengths))]
         self._params = params
         return Step(
@@ -112,7 +112,7 @@ class PatchGuider(Guider):
         return None if skipped or alone else scale
 
     def called(self, apply_model: Any, args: dict[str, Any]) -> Tensor:
-        """The network is asked for some chunks of the step's rows."""
+        """Called in place of the network, for some chunks of the step's rows."""
         x, sigma, c, marks = args["input"], args["timestep"], args["c"], args["cond_or_uncond"]
         self._apply, step = apply_model, self.step
         if self.retired or step is None:
@@ -155,7 +155,7 @@ class PatchGuider(Guider):
         return out, out.detach() / gain(self._unet.model, sigma[:1])
 
     def conditions(self, text: Cond, rows: list[int], *, unconditional: bool) -> dict[str, Any]:
-        """What else the network is given is taken from the call under way."""
+        """The text, and the rows of the current call that the network's other inputs are taken from."""
         assert self.step is not None
         owners = self.step.owners
         there = [owners[row] if row < len(owners) else -1 for row in self._rows]
@@ -188,7 +188,7 @@ class PatchGuider(Guider):
         return {"c": some_rows(kwargs["c"], rows)}
 
     def _strength(self, image: int) -> float:
-        """By which the host multiplies the scale: the sum of the weights of a prompt's parts."""
+        """The factor by which the host multiplies the CFG scale: the sum of the weights of a prompt's parts."""
         assert self.step is not None
         strength = sum(self.step.weights[image])
         return 1.0 if math.isclose(strength, 1.0) else strength
@@ -202,11 +202,11 @@ class PatchGuider(Guider):
         return self._rows_for(image, unconditional - s * (weights * (prompts - unconditional)).sum(0), unconditional)
 
     def _rows_for(self, image: int, wanted: Tensor, unconditional: Tensor) -> list[Tensor]:
-        """The prompts' rows with which the host's own combination is what is wanted."""
+        """Outputs for the prompts' rows that make the host's own combination equal to `wanted`."""
         assert self.step is not None
         row, strength = wanted, self._strength(image)
         if self.step.scale is None:
-            # The host follows the prompts' rows alone: those times their strength, for zeros stand in for the others.
+            # The host has zeros for the unconditional rows, and follows the prompts' rows times their strength.
             row = wanted / strength
         elif wanted is not unconditional:
             row = unconditional + (wanted - unconditional) / (self.step.scale * strength)

@@ -1,4 +1,4 @@
-"""The hosts that patch a U-Net, one row each: where their functions are, and when they leave out unconditional rows."""
+"""The table of hosts that patch a U-Net: where their functions are, and when they leave out unconditional rows."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from modules import shared
 
 @dataclass(frozen=True)
 class StepNow:
-    """A step that a host's denoiser is about to evaluate, as far as its rules look at it."""
+    """The facts about a step that decide whether the host leaves out its unconditional rows."""
 
     number: int
     total: int
     sigma: float
     handed_floor: float
-    """NGMS's sigma, as the sampler is handed it."""
+    """NGMS's sigma, as it is passed to the sampler."""
 
     @property
     def progress(self) -> float:
+        """The share of steps that are done, 0…1."""
         return self.number / self.total
 
     @property
@@ -32,10 +33,11 @@ class StepNow:
         return float(getattr(shared.opts, "skip_early_cond", 0.0))
 
     def is_below(self, floor: float) -> bool:
+        """Whether NGMS is on and the step's sigma is below its own."""
         return floor > 0 and self.sigma < floor
 
     def takes_turns(self, turn: int) -> bool:
-        """Whether NGMS acts in this step: every other one, or all."""
+        """Whether NGMS acts in this step, which it does in every other step or in all."""
         return self.number % 2 == turn or bool(getattr(shared.opts, "s_min_uncond_all", False))
 
 
@@ -44,22 +46,24 @@ class PatcherHost:
     """One row of the table. Functions are named `module:function`."""
 
     host: str
-    """With the version it was seen in."""
+    """The host's name and the version that the row was written for."""
     evaluate: str
     prepare: str
     compile: str
     compile_weighted: str
     condition: str
     leaves_out_uncond: Callable[[StepNow], bool]
-    """Whether a step evaluates no unconditional rows: "skip early CFG" and NGMS, as the host's denoiser has them."""
+    """Whether the host's denoiser leaves out the unconditional rows of a step ("skip early CFG", NGMS)."""
     lacks: str = ""
-    """A module that tells it from others that share its functions: they have it."""
+    """A module that this host does not have, unlike other hosts with the same functions."""
 
     def function(self, name: str) -> Any:
+        """One of the host's functions, by the name of its field."""
         module, _, attribute = getattr(self, name).partition(":")
         return getattr(importlib.import_module(module), attribute)
 
     def is_here(self) -> bool:
+        """Whether the row fits the running host."""
         modules = [getattr(self, name).partition(":")[0] for name in ("evaluate", "compile")]
         return all(map(_can_import, modules)) and not (self.lacks and _can_import(self.lacks))
 
@@ -83,7 +87,7 @@ def _reforge(step: StepNow) -> bool:
 
 
 def _classic(step: StepNow) -> bool:
-    # It sets the CFG scale to 1 there, which leaves them out. Its comparison lets step 0 in with the option at 0.
+    # It sets the CFG scale to 1, which leaves the rows out. Its comparison is true of step 0 with the option at 0.
     return step.progress <= step.early or step.is_below(step.handed_floor)
 
 
@@ -117,9 +121,10 @@ HOSTS = (
         leaves_out_uncond=_reforge,
     ),
 )
-"""The first that is here is the host's. Add a row for another one, above those that it shares modules with."""
+"""The first row that fits is the running host's. A new host's row goes above those that it shares modules with."""
 
 
 @functools.cache
 def host() -> PatcherHost:
+    """The running host's row."""
     return next(row for row in HOSTS if row.is_here())

@@ -1,7 +1,7 @@
-"""Hosts that patch a U-Net (Forge, reForge): `forge_objects.unet` takes sigmas and gives denoised latents.
+"""The backend for hosts that patch a U-Net (Forge, reForge): `forge_objects.unet` gives denoised latents at a sigma.
 
-They generate in inference mode, give each pass a U-Net with patches of its own, and evaluate a prompt's parts and the
-unconditional rows as chunks of one row an image.
+These hosts generate in inference mode, give each pass a U-Net with patches of its own, and evaluate each part of the
+prompts, and the unconditional rows, as a chunk with one row for each image.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lib_memnoise.webui.sampler_start import in_sigmas, in_timesteps
 
 
 def fingerprint(value: Any) -> Any:
-    """Of a U-Net's options: equal for equal ones, and memnoise's own gate left out."""
+    """A value that is equal for equal options of a U-Net. memnoise's own wrapper is left out."""
     if isinstance(value, Mapping):
         entries = []
         for key, entry in value.items():
@@ -56,7 +56,7 @@ def fingerprint(value: Any) -> Any:
 
 
 def without_token_merging(options: Any) -> Any:
-    """A U-Net's options without what merges tokens, whose gradient is wrong."""
+    """A U-Net's options without token merging, whose gradient is wrong."""
     if isinstance(options, Mapping):
         return {key: without_token_merging(value) for key, value in options.items()}
     if isinstance(options, list):
@@ -65,7 +65,7 @@ def without_token_merging(options: Any) -> Any:
 
 
 def options_of(unet: Any) -> dict[str, Any]:
-    """The options to evaluate a U-Net with."""
+    """The options to evaluate a U-Net with; without token merging where gradients are enabled."""
     options: dict[str, Any] = unet.model_options
     return without_token_merging(options) if torch.is_grad_enabled() else dict(options)
 
@@ -76,11 +76,13 @@ class Call:
 
     c: Conditions
     marks: list[int]
+    """COND or UNCOND for each chunk."""
     out: Tensor
+    """The outputs `(rows, C, H, W)`."""
 
 
 def recording(options: dict[str, Any]) -> tuple[dict[str, Any], list[Call]]:
-    """Options with which every call of the network is noted."""
+    """Options that record every call of the network, and the list that the calls are added to."""
     calls: list[Call] = []
     inner = options.get(WRAPPER)
 
@@ -93,7 +95,7 @@ def recording(options: dict[str, Any]) -> tuple[dict[str, Any], list[Call]]:
 
 
 class UnetPatcherBackend(WebuiBackend):
-    """`forge_objects.unet` of the pass at hand."""
+    """The backend that evaluates `forge_objects.unet` of the current pass."""
 
     @property
     def unet(self) -> nn.Module:
@@ -118,7 +120,7 @@ class UnetPatcherBackend(WebuiBackend):
     def first_step(self, p: Any, sampler: Any, x: Tensor) -> FirstStep:
         c_in: float | Tensor = 1.0
         if hasattr(sampler, "get_timesteps"):
-            # The host's denoiser looks the sigma up, and scales what these samplers give it.
+            # The host's denoiser looks up the sigma, and scales the latents of these samplers.
             alphas_cumprod = shared.sd_model.alphas_cumprod.to(x.device)
             t, scale, base = in_timesteps(p, sampler, x, alphas_cumprod)
             sigma = (((1 - alphas_cumprod) / alphas_cumprod) ** 0.5)[round(t)].reshape(1)
@@ -133,25 +135,25 @@ class UnetPatcherBackend(WebuiBackend):
 
     def evaluate(self, query: DeltaQuery, inputs: Tensor, owners: list[int], cond: Cond) -> Evaluated:
         if query.unconditional is not None:
-            (prompts, _) = self._asked(query, inputs, cond, None)
+            (prompts, _) = self._evaluate_by_host(query, inputs, cond, None)
             return [prompts, (self._conditions(query, inputs), query.unconditional)]
         own = query.uncond if query.host_uncond is None else query.host_uncond
-        prompts, others = self._asked(query, inputs, cond, own)
+        prompts, others = self._evaluate_by_host(query, inputs, cond, own)
         if query.host_uncond is None:
             return [prompts, others]
-        return [prompts, self._asked(query, inputs, None, query.uncond)[1], others]
+        return [prompts, self._evaluate_by_host(query, inputs, None, query.uncond)[1], others]
 
     def unconditional(self, query: DeltaQuery, inputs: Tensor) -> Tensor:
-        return self._asked(query, inputs, None, query.uncond)[1][1]
+        return self._evaluate_by_host(query, inputs, None, query.uncond)[1][1]
 
     def _conditions(self, query: DeltaQuery, inputs: Tensor) -> Conditions:
-        """Of unconditional rows, as the network gets them."""
+        """The conditions of the unconditional rows, as the network receives them."""
         compiled = host().function("compile")(query.uncond)[0]
         self._complete([compiled], query, inputs)
         return {key: value.cond for key, value in compiled["model_conds"].items()}
 
     def _complete(self, conds: list[Any], query: DeltaQuery, inputs: Tensor) -> None:
-        """What the host's denoiser gives the network of the picture and of ControlNets."""
+        """Add the picture's condition and ControlNets to the conditions, as the host's denoiser does."""
         unet = patcher()
         picture = query.image_cond
         if isinstance(unet.extra_concat_condition, Tensor):
@@ -165,8 +167,8 @@ class UnetPatcherBackend(WebuiBackend):
             for cond in conds:
                 cond["control"] = unet.controlnet_linked_list
 
-    def _asked(self, query: DeltaQuery, inputs: Tensor, cond: Cond, uncond: Cond) -> Evaluated:
-        """The host's own evaluation of the prompts' rows and the unconditional ones; either may be None."""
+    def _evaluate_by_host(self, query: DeltaQuery, inputs: Tensor, cond: Cond, uncond: Cond) -> Evaluated:
+        """Evaluate the prompts' rows and the unconditional rows with the host's own function; either may be None."""
         images = len(inputs)
         first = [sum(map(len, query.parts[:i])) for i in range(images)]
         composition = [
@@ -193,7 +195,7 @@ class UnetPatcherBackend(WebuiBackend):
 
         def group(part: list[tuple[Conditions, Tensor]]) -> tuple[Conditions, Tensor]:
             shapes = {tuple(given["c_crossattn"].shape) for given, _ in part if given}
-            # Of several lengths none is what the sampler will ask for.
+            # Rows of several lengths are not in the form that the sampler will need, so they get no conditions.
             together = (
                 {key: torch.cat([given[key] for given, _ in part]) for key in part[0][0]} if len(shapes) == 1 else {}
             )
@@ -229,9 +231,9 @@ class UnetPatcherBackend(WebuiBackend):
 
     @contextlib.contextmanager
     def gradients(self) -> Iterator[None]:
-        """Out of inference mode, with weights that are no inference tensors and nothing overwritten.
+        """A context outside inference mode, with ordinary weights and without in-place assignments.
 
-        Token merging is left out meanwhile (`options_of`).
+        Token merging is off as well (`options_of`).
         """
         model = patcher().model
         with torch.inference_mode(False), normal_tensors(model), out_of_place(model.diffusion_model):

@@ -1,1 +1,1 @@
-"""What is done on request, beside a generation: scores, calibrations, comparisons, traces."""
+"""Services besides generating: scores, calibrations, comparisons, traces."""

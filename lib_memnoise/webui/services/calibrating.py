@@ -1,4 +1,4 @@
-"""Calibrations: asked for, and made before a generation that needs one."""
+"""Makes calibrations: on request, and before a generation that needs one."""
 
 from __future__ import annotations
 
@@ -28,21 +28,25 @@ from lib_memnoise.webui.services.json_request import BadRequest, Request
 from lib_memnoise.webui.services.scoring import Probe, ScoredImage, Stopped
 
 MOST_RECENT = 240
-"""Prompts of recent pictures that are scored."""
+"""The most prompts of recent pictures that are scored."""
 SHOWN = 3
+"""How many of the highest-scoring prompts are shown."""
 
 
-# Asked for
+# On request
 
 
 def parse(body: Any) -> tuple[Request, str, list[str]]:
-    """A validated request for a calibration from JSON: what is scored, where it comes from, and notes on that.
+    """Validate a request for a calibration from JSON.
 
-    `prompts` are the user's own; `source` is "recent" for those of recent pictures; else built-in ones are taken.
-    The rest is as in `request.parse`.
+    `prompts` are the user's own. With `source` "recent", prompts of recent pictures are used; otherwise built-in ones.
+    All other names are as in `json_request.parse`.
+
+    Returns:
+        What is to be scored, the prompts' source, and notes about it.
 
     Raises:
-        BadRequest: see `request.parse`; sources that are none, or contradict each other.
+        BadRequest: see `json_request.parse`; or the source is unknown, or contradicts the prompts.
     """
     if not isinstance(body, Mapping):
         raise BadRequest(f"memnoise: the body = {echo(body)} is not valid; it must be a JSON object.")
@@ -76,7 +80,7 @@ def parse(body: Any) -> tuple[Request, str, list[str]]:
 
 
 def calibrate_as_json(wanted: Request, source: str, notes: list[str]) -> dict[str, Any]:
-    """Calibrate, and say what came of it, as JSON; the caller holds the host's queue."""
+    """Calibrate, and return the result as JSON. The caller holds the host's queue."""
     made, scored = scoring.calibrate(wanted, source)
     top = sorted(scored, key=lambda image: -image.score)[:SHOWN]
     if source != "built-in":
@@ -85,6 +89,7 @@ def calibrate_as_json(wanted: Request, source: str, notes: list[str]) -> dict[st
 
 
 def described(image: ScoredImage) -> str:
+    """A score with its prompt, shortened."""
     prompt = " ".join(image.prompt.split())
     return f"{image.score:.4g} “{prompt if len(prompt) <= 80 else prompt[:77] + '...'}”"
 
@@ -93,17 +98,17 @@ def described(image: ScoredImage) -> str:
 
 
 def first_timestep(backend: WebuiBackend, p: Any) -> float:
-    """T of a generation's first pass, before anything is sampled."""
+    """T, the first timestep of a generation's first pass, 0…999, before anything is sampled."""
     with left_as_it_was(p):
         sampler = sd_samplers.create_sampler(p.sampler_name, shared.sd_model)
         return backend.first_step(p, sampler, torch.zeros(1, 4, 1, 1, device=devices.device)).t
 
 
 def prepare(p: Any, generation: Generation) -> None:
-    """Have a calibration where a generation needs one, before it samples.
+    """Calibrate before a generation samples, if it needs a calibration and there is none.
 
-    Where there can be none, all images are mitigated (`adjusting.calibrated`); a request for the preset that is made
-    of it is refused. If calibrating fails so does the request; if it is interrupted so is the request.
+    Where no calibration is possible, all images are mitigated (`adjusting.calibrated`), and a request for the preset
+    "calibrated" is refused. If calibrating fails or is interrupted, so is the request.
     """
     is_preset = generation.settings.preset == "calibrated"
     if generation.settings.reference == "negative" and any(p.all_negative_prompts):
@@ -117,7 +122,7 @@ def prepare(p: Any, generation: Generation) -> None:
     except Unsupported as error:
         if is_preset:
             refuse(p, Refusal(f"memnoise: the preset calibrated cannot be used here: {error}."))
-        # Else the metadata say so.
+        # Otherwise the metadata say so.
     except Stopped:
         if shared.state.interrupted or shared.state.stopping_generation:
             return  # the host makes no image
@@ -132,10 +137,11 @@ def calibrate_for(backend: WebuiBackend, p: Any, generation: Generation) -> None
     """Calibrate the checkpoint for a generation's first pass, unless it is calibrated.
 
     Raises:
-        Unsupported: what samples pure noise does not begin where this pass does. Stopped: the user did not want it.
+        Unsupported: sampling from noise alone begins at another timestep than this pass.
+        Stopped: the user interrupted or skipped.
     """
     if getattr(p, "firstpass_image", None) is not None and getattr(p, "enable_hr", False):
-        return  # a picture's hires pass on its own
+        return  # a hires pass of a given picture alone
     t = first_timestep(backend, p)
     known, problems = calibrations.serving(backend, t, p.width, p.height)
     generation.remarks += problems
@@ -161,7 +167,7 @@ def calibrate_for(backend: WebuiBackend, p: Any, generation: Generation) -> None
 
 
 def raise_if_second_pass_lacks_one(backend: WebuiBackend, p: Any, settings: Settings) -> None:
-    """With `hires` the second pass's numbers come from a calibration as well, which is not made by itself."""
+    """Raise `Unsupported` if a hires pass needs a calibration and has none: only the first pass's is made here."""
     if not settings.hires or not getattr(p, "enable_hr", False) or getattr(p, "hr_checkpoint_info", None) is not None:
         return
     second = copy.copy(p)
@@ -179,7 +185,7 @@ def raise_if_second_pass_lacks_one(backend: WebuiBackend, p: Any, settings: Sett
 
 
 def failure(error: Exception) -> str:
-    """Why calibrating failed, in a sentence."""
+    """The reason why calibrating failed, in a sentence."""
     if isinstance(error, scoring.REFUSALS):
         return scoring.sentence_of(error)
     errors.report("memnoise: the checkpoint could not be calibrated", exc_info=True)

@@ -1,4 +1,4 @@
-"""Where the WebUI's calibrations are, and which one belongs to the loaded checkpoint."""
+"""The WebUI's store of calibrations, and the calibration of the loaded checkpoint."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from lib_memnoise.webui.backends.base import WebuiBackend
 
 
 def store() -> CalibrationStore:
-    """In the WebUI's data folder."""
+    """The store, in the WebUI's data folder."""
     return CalibrationStore(Path(paths.data_path) / "memnoise" / "calibrations")
 
 
 def serving(backend: WebuiBackend, timestep: float, width: int, height: int) -> tuple[Calibration | None, list[str]]:
-    """The calibration by which the loaded checkpoint's scores are judged, and what is wrong with others.
+    """The calibration that the loaded checkpoint's scores are judged by, and sentences about damaged ones.
 
-    One of another first timestep is converted: what it has in common with this one is how far the predicted clean
-    latents differ. Where they cannot be told from the output (ᾱ = 0, in ε) there is none.
+    A calibration for another first timestep is converted, on the assumption that the predicted clean latents differ as
+    much at both. Where the output does not determine them (ᾱ = 0, in ε), there is no calibration.
+
+    Args:
+        timestep: T, the first timestep of the pass, 0…999.
+        width, height: of the picture, in pixels.
     """
     known, problems = store().nearest(key(backend, timestep, width, height))
     if known is None or known.key.timestep == round(timestep):
@@ -30,6 +34,6 @@ def serving(backend: WebuiBackend, timestep: float, width: int, height: int) -> 
 
 
 def key(backend: WebuiBackend, timestep: float, width: int, height: int) -> Key:
-    """The loaded checkpoint is known by its hash; by its name where the host was told not to hash."""
+    """The key of the loaded checkpoint, with its hash, or its name where hashing is turned off."""
     info = shared.sd_model.sd_checkpoint_info
     return Key(str(info.sha256 or info.name), width, height, backend.kind, round(timestep))

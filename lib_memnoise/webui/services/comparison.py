@@ -1,4 +1,4 @@
-"""The same seeds with several methods: a labelled grid, and numbers for every picture."""
+"""Compares methods on the same seeds: a labelled grid, and numbers for every picture."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class Cell:
     """One picture of the grid."""
 
     picture: Image.Image | None
-    """None: it could not be generated."""
+    """None where it could not be generated."""
     method: str
     settings: dict[str, Any]
     seed: int
     score: float | None
-    """‖Δ‖ at the first step of the noise that was sampled, against the prompt as it was evaluated."""
+    """‖Δ‖ in the sampler's first step, of the noise that was sampled and the prompt as it was evaluated."""
     similarity: float | None
-    """To the reference picture: correlation of blurred pictures, −1…1."""
+    """The similarity to the reference picture: the correlation of blurred pictures, −1…1."""
     rows: int
-    """Network rows that the method costs: without what is evaluated for the score alone."""
+    """The network rows that the method costs, without those evaluated for the score alone."""
     backward_rows: int
     failed: str | None
     notes: list[str] = field(default_factory=list)
@@ -54,20 +54,25 @@ class Cell:
 
 @dataclass(frozen=True)
 class Compared:
+    """The result of a comparison."""
+
     grid: Image.Image
     cells: list[Cell]
     stopped: bool
-    """The user interrupted; methods that were not finished are missing."""
+    """Whether the user interrupted, so that unfinished methods are missing."""
 
 
 def parse(body: Any) -> tuple[Request, list[dict[str, Any]], Image.Image | None]:
-    """A validated request from JSON: what is scored (`request.parse`, one prompt), the methods and the reference.
+    """Validate a request for a comparison from JSON.
 
-    `methods` is a list of names, or of settings as a generation takes them; `reference` a picture, see
-    `picture.opened`.
+    `methods` is a list of names, or of settings as a generation takes them; `reference` is a picture (see
+    `reference_picture.opened`). All other names are as in `json_request.parse`, with one prompt.
+
+    Returns:
+        What is to be generated, the settings of each method, and the reference picture if there is one.
 
     Raises:
-        BadRequest: see `request.parse`; settings that cannot be used; a reference that is no picture.
+        BadRequest: see `json_request.parse`; or settings cannot be used, or the reference is not a picture.
     """
     request = request_of(body, kind="comparison", without=("words",))
     if len(request.prompts) != 1:
@@ -87,7 +92,11 @@ def parse(body: Any) -> tuple[Request, list[dict[str, Any]], Image.Image | None]
 
 
 def settings_of(number: int, entry: Any) -> dict[str, Any]:
-    """The settings of one method that is to be compared."""
+    """The validated settings of one method to compare.
+
+    Raises:
+        BadRequest: the settings cannot be used.
+    """
     settings = {"method": entry} if isinstance(entry, str) else entry
     if not isinstance(settings, Mapping):
         raise BadRequest(
@@ -106,7 +115,7 @@ def settings_of(number: int, entry: Any) -> dict[str, Any]:
 
 
 def label(settings: Mapping[str, Any]) -> str:
-    """A row's label: the method, and what is set of it."""
+    """A row's label: the method and its explicit settings."""
     own = [f"{name} {value}" for name, value in settings.items() if name not in ("enabled", "method")]
     return ", ".join([METHODS[settings.get("method", "batch_wise")].label, *own])
 
@@ -156,17 +165,14 @@ def compare(request: Request, chosen: list[dict[str, Any]], reference: Image.Ima
 
 
 def was_cut_short(done: bool, failed: str | None) -> bool:
-    """Whether a row's pictures are not those of the method, because the user interrupted while they were made.
-
-    The host then hands out what it had sampled so far, or nothing.
-    """
+    """Whether the user interrupted while a row's pictures were made, so that they are unfinished or missing."""
     return shared.state.interrupted or shared.state.skipped or (not done and failed is None and is_stopping())
 
 
 def generated(
     request: Request, settings: dict[str, Any], seeds: list[int]
 ) -> tuple[list[Image.Image], Generation | None, str | None]:
-    """The pictures of one row, what memnoise did, and why there are no pictures if there are none."""
+    """The pictures of one row, memnoise's generation, and the reason where there are no pictures."""
     kind = processing.StableDiffusionProcessingTxt2Img
     p = scoring.make_processing(kind, request, list(request.prompts) * len(seeds), seeds)
     try:
@@ -184,7 +190,7 @@ def generated(
 
 
 def alone() -> Any:
-    """A script runner with memnoise alone, so that pictures differ by nothing else."""
+    """A script runner with memnoise as its only script, so that the pictures differ in nothing else."""
     script = next(script for script in scripts.scripts_txt2img.alwayson_scripts if script.title() == TITLE)
     script = copy.copy(script)
     script.args_from, script.args_to = 0, len(SLOTS)
@@ -194,7 +200,7 @@ def alone() -> Any:
 
 
 def alike(pictures: list[Image.Image], reference: Image.Image | None) -> list[float]:
-    """Similarity of each picture to the reference, which is cut to their shape."""
+    """The similarity of each picture to the reference, −1…1. The reference is cropped to their shape."""
     if reference is None or not pictures:
         return []
     fitted = ImageOps.fit(reference.convert("RGB"), pictures[0].size)
@@ -202,7 +208,7 @@ def alike(pictures: list[Image.Image], reference: Image.Image | None) -> list[fl
 
 
 def tensor(pictures: list[Image.Image]) -> Tensor:
-    """`(B, 3, H, W)` in 0…1."""
+    """Pictures as a tensor `(B, 3, H, W)` in 0…1."""
     return torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])).permute(
         0, 3, 1, 2
     ).float() / 255  # fmt: skip
@@ -211,7 +217,7 @@ def tensor(pictures: list[Image.Image]) -> Tensor:
 def render_grid(
     rows: list[list[Image.Image]], cells: list[Cell], chosen: list[dict[str, Any]], seeds: list[int]
 ) -> Image.Image:
-    """The grid: a row for each method, a column for each seed, numbers under every picture."""
+    """The grid, with a row for each method, a column for each seed, and numbers under every picture."""
     columns = len(seeds)
     laid = sheet.lay_out(
         next(row for row in rows if row)[0].size,
@@ -228,7 +234,7 @@ def render_grid(
 
 
 def caption(cell: Cell) -> list[str]:
-    """The paragraphs under a picture."""
+    """The paragraphs of text under a picture."""
     numbers = [
         "" if cell.score is None else f"score {cell.score:.4g}",
         "" if cell.similarity is None else f"similarity {cell.similarity:.2f}",
@@ -253,7 +259,7 @@ def compare_as_json(request: Request, chosen: list[dict[str, Any]], reference: I
 
 
 def encoded(picture: Image.Image) -> str:
-    """PNG in base64."""
+    """A picture as PNG in base64."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Reads what a score, a calibration or a comparison is asked for from JSON."""
+"""Validates the JSON of a request for a score, a calibration or a comparison."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lib_memnoise.webui import quirks
 
 MOST_IMAGES = 256
 MOST_CHARACTERS = 10_000
-"""Of one text: a prompt is encoded 75 tokens at a time, at the cost of a text encoder's run each."""
+"""The most characters of a text. A prompt is encoded 75 tokens at a time, each with a run of the text encoder."""
 MOST_NESTED, MOST_SQUARE = 50, 100
-"""Brackets within one another, and square ones at all: the host's time for reading them grows with their square, in
-its queue, and it reads them by recursion."""
+"""The most brackets within one another, and the most square brackets. The host parses them by recursion, in a time that
+grows with the square of their number, and its queue waits meanwhile."""
 MOST_SEED = 2**32 - 1
 
 
 class BadRequest(ValueError):
-    """A request that cannot be answered, in one sentence."""
+    """A request is not valid; the message is one sentence."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be scored: every prompt with every seed."""
+    """The images to score or generate: every prompt with every seed."""
 
     prompts: tuple[str, ...]
     negative_prompt: str = ""
@@ -49,19 +49,23 @@ LABELS = {
     "steps": "Sampling steps", "cfg_scale": "CFG scale", "styles": "Styles", "words": "Words",
     "methods": "Methods", "reference": "Reference",
 }  # fmt: skip
-"""The names that a request may have, and what the page calls them."""
+"""The names that a request may have, and their labels on the page."""
 OWN = ("methods", "reference")
-"""Names of a comparison alone, which it reads itself."""
+"""Names that only a comparison has; it reads them itself."""
 
 
 def parse(body: Any, *, kind: str = "score", without: Collection[str] = OWN) -> Request:
-    """A validated request from JSON.
+    """Validate a request from JSON.
 
-    `prompt` (or `prompts`) is a string or a list of them; `seed` (or `seeds`) a number or a list; other names are
-    those of `Request`. `kind` is what is asked for, in a word; `without` are names that it does not take.
+    `prompt` (or `prompts`) is a string or a list of strings; `seed` (or `seeds`) is a number or a list of numbers. All
+    other names are the fields of `Request`.
+
+    Args:
+        kind: the kind of request, in a word, for error messages.
+        without: names that this kind of request does not take.
 
     Raises:
-        BadRequest: something is missing, unknown, said twice or out of bounds.
+        BadRequest: something is missing, unknown, given twice or out of bounds.
     """
     if not isinstance(body, Mapping):
         raise BadRequest(f"memnoise: the body = {echo(body)} is not valid; it must be a JSON object.")
@@ -81,7 +85,7 @@ def parse(body: Any, *, kind: str = "score", without: Collection[str] = OWN) -> 
             field = SINGULAR.get(str(name), str(name))
             given[field] = READERS[field](name, value)
     request = Request(**given)
-    # A default need not be one of this WebUI's.
+    # This WebUI may lack the default sampler or schedule type.
     for name in ("sampler_name", "scheduler"):
         READERS[name](name, getattr(request, name))
     count = len(request.prompts) * len(request.seeds)
@@ -91,7 +95,12 @@ def parse(body: Any, *, kind: str = "score", without: Collection[str] = OWN) -> 
 
 
 def need(ok: bool, name: str, value: Any, rule: str, known: Mapping[str, str] | None = None) -> None:
-    """Raise BadRequest unless `ok`; `rule` ends the sentence, `known` are the right values where they can be listed."""
+    """Raise `BadRequest` unless `ok`.
+
+    Args:
+        rule: what the value must be, as the end of the sentence.
+        known: the valid values and their labels, where they can be listed.
+    """
     if not ok:
         hint = meant(value, known or {})
         raise BadRequest(f"memnoise: {name} = {echo(value)} is not valid{hint}; it must be {rule}.")
@@ -106,7 +115,7 @@ def read_text(name: str, value: Any, rule: str = "a text") -> str:
 
 
 def prompt(name: str, value: Any, rule: str = "a text") -> str:
-    """A text that the host can read in its time."""
+    """A text that the host can parse in reasonable time."""
     checked = read_text(name, value, rule)
     depth = nested = 0
     plain = re.sub(r"\\.", "", checked)
@@ -129,12 +138,12 @@ def prompts(name: str, value: Any) -> tuple[str, ...]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """What is no list as one of itself."""
+    """A list as it is, and anything else as a list of one."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def whole(value: Any, low: int, high: int) -> bool:
-    """Whether it is a whole number from low to high; the page's sliders say 512.0."""
+    """Whether a value is a whole number from low to high. 512.0 is one, since the page's sliders send it."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and low <= value <= high and value == int(value)
 
@@ -163,13 +172,13 @@ def cfg_scale(name: str, value: Any) -> float:
 
 
 def sampler_name(name: str, value: Any) -> str:
-    # Forge Classic has no `visible_samplers`, which is this.
+    # The host's `visible_samplers()` is the same, but Forge Classic does not have it.
     visible = [one.name for one in sd_samplers.samplers if one.name not in sd_samplers.samplers_hidden]
     return one_of(name, value, {one: one for one in visible})
 
 
 def scheduler(name: str, value: Any) -> str:
-    """A schedule type by its name or label; where the host has no list of them, any text."""
+    """A schedule type by its name or label; any text where the host has no list of them."""
     if quirks.has("schedules are in sampler names"):
         return read_text(name, value)
     from modules.sd_schedulers import schedulers
@@ -180,7 +189,7 @@ def scheduler(name: str, value: Any) -> str:
 
 
 def styles(name: str, value: Any) -> tuple[str, ...]:
-    """Names of the host's saved styles; it would ignore others."""
+    """Names of the host's saved styles. Others are refused, since the host would ignore them."""
     names = tuple(read_text(name, one, "a text or a list of texts") for one in as_list(value))
     saved = getattr(getattr(shared, "prompt_styles", None), "styles", None)
     if saved is None:
@@ -216,4 +225,4 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "styles": styles,
     "words": words,
 }
-"""Of each field of `Request`: from a name as it was written and a value to what the field holds."""
+"""For each field of `Request`, the function that validates a value. Its first argument is the name as it was given."""

@@ -1,4 +1,4 @@
-"""Prompts of the pictures that the host has saved."""
+"""Reads prompts from the pictures that the host has saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lib_memnoise.settings import INFOTEXT
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 MOST_PICTURES = 5000
-"""Pictures that are looked at, the newest first."""
+"""The most pictures that are read, starting with the newest."""
 
 
 @dataclass
@@ -26,21 +26,22 @@ class Recent:
     folder: str
     prompts: list[str] = field(default_factory=list)
     pictures: int = 0
-    """That were looked at and had a prompt."""
+    """The number of pictures that were read and had an infotext."""
     flagged: int = 0
-    """Of them, those that memnoise took for memorised: they are left out."""
+    """The number of these that memnoise flagged as memorised, which are left out."""
 
     def notes(self) -> list[str]:
+        """Sentences about the pictures and prompts, for the user."""
         counts = f"{self.pictures} pictures of {self.folder} have {len(self.prompts)} different prompts"
         left_out = f"{self.flagged} pictures are left out that were flagged as memorised"
         return [counts, *([left_out] if self.flagged else [])]
 
 
 def prompts(most: int) -> Recent:
-    """So many different prompts of the newest pictures in the host's folder for txt2img, without extra networks.
+    """At most `most` distinct prompts of the newest pictures in the host's txt2img folder, without extra networks.
 
-    A picture that was flagged as memorised is no ordinary one. One that memnoise mitigated as it does every picture
-    says nothing of its prompt, and counts.
+    Pictures that were flagged as memorised are left out. Where memnoise mitigated every picture, whatever its score,
+    nothing is known of the prompt, and the picture counts.
     """
     folder = Path(shared.opts.outdir_samples or shared.opts.outdir_txt2img_samples)
     recent = Recent(str(folder))
@@ -53,7 +54,7 @@ def prompts(most: int) -> Recent:
         if params.get(f"{INFOTEXT} mitigated") == "True":
             recent.flagged += 1
             continue
-        # The host may have taken styles for themselves.
+        # The host may have removed the styles' text from the prompt, and lists them separately.
         prompt = shared.prompt_styles.apply_styles_to_prompt(params.get("Prompt", ""), params.get("Styles array") or [])
         recent.prompts = distinct([*recent.prompts, extra_networks.parse_prompt(prompt)[0]], most)
         if len(recent.prompts) == most:
@@ -62,7 +63,7 @@ def prompts(most: int) -> Recent:
 
 
 def newest(folder: Path) -> Iterator[Path]:
-    """Pictures in a folder and those within it, the newest first."""
+    """The newest pictures in a folder and its subfolders, in descending order of time."""
     paths = (os.path.join(top, name) for top, _, names in os.walk(folder) for name in names)
     dated = []
     for path in paths:
@@ -75,10 +76,10 @@ def newest(folder: Path) -> Iterator[Path]:
 
 
 def read(path: Path) -> str | None:
-    """A picture's infotext."""
+    """A picture's infotext; None where it has none or is damaged."""
     try:
         with Image.open(path) as image:
             infotext, _ = images.read_info_from_image(image)
-    except Exception:  # Pillow raises all kinds of them for damaged files
+    except Exception:  # Pillow raises all kinds of errors for damaged files
         return None
     return infotext if isinstance(infotext, str) else None

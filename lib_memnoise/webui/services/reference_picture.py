@@ -1,4 +1,4 @@
-"""Opens a picture that somebody sent."""
+"""Opens the reference picture of a comparison, which comes from outside."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from PIL import Image, ImageOps
 from lib_memnoise.webui.services.json_request import BadRequest
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-"""By name: Pillow knows others, and hands some of them to programs beside it (EPS to Ghostscript)."""
+"""The formats that are accepted. Pillow passes some of the others to external programs (EPS to Ghostscript)."""
 MOST_BYTES = 32 * 2**20
 MOST_PIXELS = 64_000_000
-"""A camera's picture. A file may be small and fill the memory when it is decoded."""
+"""Enough for a camera's picture. A small file may fill the memory when it is decoded."""
 TOO_LARGE = f"memnoise: reference is too large; it may have {MOST_PIXELS // 10**6} million pixels."
 
 
 def opened(sent: Any) -> Image.Image | None:
-    """A picture, fully decoded, in RGB and the right way up; None: none was sent.
+    """The picture, fully decoded, in RGB and upright; None where none was sent.
 
     Args:
         sent: base64, with or without a data URL's head; or the path of an uploaded file.
 
     Raises:
-        BadRequest: it is none, is of another format or damaged, or has too many bytes or pixels.
+        BadRequest: it is not a picture, has another format, is damaged, or has too many bytes or pixels.
     """
     if sent is None:
         return None
@@ -41,7 +41,7 @@ def opened(sent: Any) -> Image.Image | None:
         raise
     except Image.DecompressionBombError:
         raise BadRequest(TOO_LARGE) from None
-    except Exception:  # decoders raise whatever comes of bytes that mean nothing
+    except Exception:  # decoders raise all kinds of errors for bytes that are not a picture
         raise BadRequest(
             "memnoise: reference is not valid; it must be a PNG, JPEG or WebP picture, and this is none, or is damaged."
         ) from None
@@ -51,7 +51,7 @@ def opened(sent: Any) -> Image.Image | None:
 def _as_rgb(image: Image.Image) -> Image.Image:
     image.load()
     upright = ImageOps.exif_transpose(image) or image
-    if upright.mode.startswith("I"):  # 16 bits of grey, of which a conversion would keep the lower 8
+    if upright.mode.startswith("I"):  # 16 bits of grey; a plain conversion would keep only the lower 8
         upright = upright.convert("I").point(lambda value: value / 256).convert("L")
     return upright.convert("RGB")
 

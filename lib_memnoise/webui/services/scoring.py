@@ -1,7 +1,7 @@
-"""Scores without a picture: the host's own way up to the sampler, and no further.
+"""Scores images without generating them: the host runs a generation as usual, but it ends before sampling.
 
-The processing object is the host's, so styles, LoRA, prompt editing, schedule and seeds are what they are in a
-generation, and the score is the generation's own.
+The processing object is the host's own, so styles, LoRA, prompt editing, schedule and seeds are the same as in a
+generation, and so is the score.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from lib_memnoise.webui.services import calibrations
 from lib_memnoise.webui.services.json_request import BadRequest, Request
 
 BATCH = 4
+"""Images that are scored together."""
 RATE = 0.01
-"""Of false positives, where nothing else is said."""
+"""The default rate of false positives."""
 
 
 class Stopped(RuntimeError):
@@ -46,17 +47,17 @@ class Stopped(RuntimeError):
 
 
 REFUSALS = (BadRequest, Stopped, Unsupported, calibration.BadCalibration)
-"""What may come of a request but an answer."""
+"""The errors by which a request is refused or ended; each becomes a sentence for the user."""
 
 
 def sentence_of(refusal: Exception) -> str:
-    """One of `REFUSALS` in a sentence."""
+    """One of `REFUSALS` as a sentence."""
     return str(refusal) if isinstance(refusal, (BadRequest, Stopped)) else f"memnoise: {refusal}."
 
 
 @dataclass
 class ScoredImage:
-    """One image that would be generated."""
+    """The score of one image."""
 
     prompt: str
     seed: int
@@ -64,22 +65,22 @@ class ScoredImage:
     rows: int
     timestep: float
     words: list[tuple[str, float]] = field(default_factory=list)
-    """Of the prompt, each with its part in the score, the largest of which is 1."""
+    """The prompt's words, each with its significance for the score; the largest is 1."""
 
 
 class Mixed(Exception):
-    """The host would hear these prompts otherwise together than each alone."""
+    """These prompts have other conditions in one batch than each has alone."""
 
 
 class Probe(processing.StableDiffusionProcessingTxt2Img):
-    """A generation that ends where sampling would begin. Its pictures are empty ones."""
+    """A generation that ends where sampling would begin. Its pictures are blank."""
 
     reference = "empty"
     wants_words = False
     scored: list[ScoredImage]
 
     def sample(self, conditioning: Any, unconditional_conditioning: Any, *args: Any, **kwargs: Any) -> Any:
-        # It repeats the last token of the shorter ones, and the forks drop parts (AND) that not all have.
+        # The host pads shorter prompts by repeating their last token; forks drop parts (AND) that not all prompts have.
         if len({form(parts) for parts in conditioning.batch}) > 1:
             raise Mixed
         self.sampler = sd_samplers.create_sampler(self.sampler_name, self.sd_model)
@@ -104,7 +105,7 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
         return processing.DecodedSamples([nothing for _ in x])
 
     def word_scores(self, x: Tensor, predictor: DeltaPredictor) -> list[list[tuple[str, float]]]:
-        """‖∂‖Δ‖/∂e_i‖ of every token i, merged to words (Wen et al. 2024)."""
+        """The significance ‖∂‖Δ‖/∂e_i‖ of every token i, merged into words (Wen et al. 2024)."""
         cond, owners = predictor.cond, [i for i, part in enumerate(predictor.parts) for _ in part]
         vectors = cond_rows.vectors(cond).detach().clone().requires_grad_()
         backend = predictor.backend
@@ -122,7 +123,7 @@ class Probe(processing.StableDiffusionProcessingTxt2Img):
 
 
 def form(parts: Sequence[Any]) -> tuple[Any, ...]:
-    """Of an encoded prompt: the weights of its parts, and the tokens of the longest at the first step."""
+    """The form of an encoded prompt: the weights of its parts, and the length of the longest at the first step."""
     return *(part.weight for part in parts), max(cond_rows.vectors(part.schedules[0].cond).shape[-2] for part in parts)
 
 
@@ -146,7 +147,7 @@ def score(request: Request) -> list[ScoredImage]:
 
 
 def make_processing(kind: type[Any], request: Request, prompts: list[str], seeds: Sequence[int]) -> Any:
-    """A generation of one batch, with nothing saved: a prompt and a fixed seed for each image."""
+    """A processing object for one batch, of which nothing is saved; each image has a prompt and a fixed seed."""
     return kind(
         sd_model=shared.sd_model,
         prompt=prompts,
@@ -168,13 +169,17 @@ def make_processing(kind: type[Any], request: Request, prompts: list[str], seeds
 
 
 def run_probe(request: Request, prompts: Sequence[str], seeds: Sequence[int]) -> list[ScoredImage]:
-    """One batch: a prompt with several seeds, or several prompts with one seed each."""
+    """Score one batch: a prompt with several seeds, or several prompts with one seed each.
+
+    Raises:
+        Stopped: the user interrupted. Mixed: the prompts must be scored one by one.
+    """
     count = max(len(prompts), len(seeds))
     seeds = [processing.get_fixed_seed(seed) for seed in seeds]
     p = make_processing(Probe, request, list(prompts) * (count if len(prompts) == 1 else 1), seeds)
-    p.scripts, p.script_args = scripts.ScriptRunner(), []  # none at all: reForge asks it, so that it has to be there
+    p.scripts, p.script_args = scripts.ScriptRunner(), []  # an empty runner, since reForge needs one
     p.scored, p.wants_words = [], request.words
-    # The caches of conditions outlive requests; these conditions are not wanted again.
+    # The host's caches of conditions outlive a request, but these conditions will not be needed again.
     p.cached_c, p.cached_uc = [None] * len(p.cached_c), [None] * len(p.cached_uc)
     if is_stopping():
         raise Stopped("memnoise: interrupted.")
@@ -192,7 +197,7 @@ def run_probe(request: Request, prompts: Sequence[str], seeds: Sequence[int]) ->
 
 @contextlib.contextmanager
 def no_prompt_history() -> Iterator[None]:
-    """The host notes the prompt of every generation for its paste button; this is none."""
+    """A context in which the host does not remember prompts for its paste button."""
     before = getattr(shared.cmd_opts, "no_prompt_history", False)
     shared.cmd_opts.no_prompt_history = True
     try:
@@ -203,7 +208,7 @@ def no_prompt_history() -> Iterator[None]:
 
 @contextlib.contextmanager
 def queued(job: str) -> Iterator[None]:
-    """In the host's queue (it is not reentrant), with its progress and interrupt."""
+    """A context in the host's queue, with the host's progress and interrupt. The queue is not reentrant."""
     with call_queue.queue_lock:
         shared.state.begin(job=job)
         try:
@@ -213,13 +218,19 @@ def queued(job: str) -> Iterator[None]:
 
 
 def calibrate(request: Request, source: str = "built-in") -> tuple[Calibration, list[ScoredImage]]:
-    """Score ordinary prompts and keep the result, with where they come from; nothing is kept if it is interrupted.
+    """Score ordinary prompts and save the calibration; nothing is saved if the user interrupts.
 
-    Returns the calibration, and what it was made of. Extra networks in the prompts are left out: a calibration is the
-    checkpoint's.
+    Extra networks in the prompts are left out, since a calibration belongs to the checkpoint alone.
+
+    Args:
+        source: the prompts' source, one of `calibration.SOURCES`.
+
+    Returns:
+        The calibration, and the scored images that it was made of.
 
     Raises:
-        BadRequest, Unsupported, Stopped: see `score`. calibration.BadCalibration: scores that are no numbers.
+        BadRequest, Unsupported, Stopped: see `score`.
+        calibration.BadCalibration: some scores are not positive numbers.
     """
     raise_if_nothing_to_score()
     prompts = calibration.distinct((extra_networks.parse_prompt(text)[0] for text in request.prompts), calibration.MOST)
@@ -270,7 +281,7 @@ NOT_CALIBRATED = 'not calibrated, so that nothing can be told; "Calibrate checkp
 
 
 def verdict(score: float, rate: float, known: Calibration | None) -> str:
-    """What a score says, in words."""
+    """The meaning of a score, in words."""
     if known is None:
         return NOT_CALIBRATED
     if not score <= known.threshold(rate):
@@ -279,7 +290,7 @@ def verdict(score: float, rate: float, known: Calibration | None) -> str:
 
 
 def score_as_json(request: Request, rate: float = RATE) -> dict[str, Any]:
-    """`score`, with what the calibration says of it, as JSON. Without a calibration there is no verdict."""
+    """`score` as JSON, with percentiles and verdicts if there is a calibration."""
     scored_images = score(request)
     known, notes = calibrations.serving(detect(), scored_images[0].timestep, request.width, request.height)
     threshold = known.threshold(rate) if known else None

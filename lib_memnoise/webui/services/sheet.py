@@ -1,6 +1,6 @@
-"""A sheet of pictures with labels that are never cut: text is wrapped, and its place grows with it.
+"""A sheet of pictures with labels that are never cut off: text is wrapped, and its box grows with it.
 
-Nothing here asks the host; the font is given.
+Nothing here depends on the host; the caller supplies the font.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 Fonts = Callable[[int], Any]
-"""A font of this size in pixels (`PIL.ImageFont.FreeTypeFont`)."""
+"""A function that returns a font of a size in pixels (`PIL.ImageFont.FreeTypeFont`)."""
 MARGIN = 4
 NARROWEST = 10
-"""A cell is at least so many times as wide as its text is high: below, hardly a word fits into a line."""
+"""A cell's least width in heights of a line of text; a narrower one hardly has room for a word."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Lines of text and the place they have, in pixels from the sheet's upper left corner."""
+    """Lines of text and their box, in pixels from the sheet's upper left corner."""
 
     left: int
     top: int
@@ -31,7 +31,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Sheet:
-    """Where everything is. `pictures` are the upper left corners, row by row, with None where there is no picture."""
+    """The layout. `pictures` are the upper left corners, row by row, with None where there is no picture."""
 
     width: int
     height: int
@@ -41,7 +41,7 @@ class Sheet:
 
 
 def wrapped(paragraphs: Sequence[str], font: Any, width: float) -> tuple[str, ...]:
-    """Each paragraph in lines no longer than `width` pixels: broken at blanks, and in a word that is too long alone."""
+    """Each paragraph in lines of at most `width` pixels, broken at blanks, or inside a word that is too long itself."""
     lines = []
     for paragraph in paragraphs:
         line = ""
@@ -61,6 +61,7 @@ def wrapped(paragraphs: Sequence[str], font: Any, width: float) -> tuple[str, ..
 
 
 def line_height(font: Any) -> int:
+    """The height of a line, in pixels."""
     ascent, descent = font.getmetrics()
     return int(ascent + descent)
 
@@ -73,12 +74,12 @@ def lay_out(
     rows: Sequence[str],
     fonts: Fonts,
 ) -> Sheet:
-    """Places for pictures of one size in rows and columns, with captions under them and labels beside.
+    """Lay out pictures of one size in rows and columns, with captions below them, and labels above and on the left.
 
     Args:
-        size: width and height of a picture.
-        shown: of each row and column, whether there is a picture.
-        captions: of each row and column, its paragraphs.
+        size: width and height of a picture, in pixels.
+        shown: for each row and column, whether there is a picture.
+        captions: for each row and column, the paragraphs of its caption.
         columns, rows: their labels.
     """
     font = fonts(max(12, size[0] // 24))
@@ -89,33 +90,33 @@ def lay_out(
         lines = wrapped(paragraphs, font, width - 2 * MARGIN)
         return Text(left + MARGIN, top + MARGIN, width - 2 * MARGIN, high * len(lines), lines)
 
-    beside = max(cell * 3 // 4, NARROWEST * high)
-    texts = [text(beside + k * cell, 0, cell, [label]) for k, label in enumerate(columns)]
+    label_width = max(cell * 3 // 4, NARROWEST * high)
+    texts = [text(label_width + k * cell, 0, cell, [label]) for k, label in enumerate(columns)]
     top = max(head.height for head in texts) + 2 * MARGIN
     pictures: list[list[tuple[int, int] | None]] = []
     for r, label in enumerate(rows):
-        places = [(beside + k * cell + (cell - size[0]) // 2, top) for k in range(len(columns))]
+        places = [(label_width + k * cell + (cell - size[0]) // 2, top) for k in range(len(columns))]
         pictures.append([place if there else None for place, there in zip(places, shown[r])])
         own = [
-            text(beside + k * cell, top + size[1] if shown[r][k] else top, cell, captions[r][k])
+            text(label_width + k * cell, top + size[1] if shown[r][k] else top, cell, captions[r][k])
             for k in range(len(columns))
         ]
-        own.append(text(0, top, beside, [label]))
+        own.append(text(0, top, label_width, [label]))
         texts += own
         lowest = [top + size[1] if any(shown[r]) else top, *(part.top + part.height for part in own)]
         top = max(lowest) + 2 * MARGIN
-    return Sheet(beside + len(columns) * cell, top, font, texts, pictures)
+    return Sheet(label_width + len(columns) * cell, top, font, texts, pictures)
 
 
 def render(sheet: Sheet, rows: Sequence[Sequence[Image.Image]], *, background: str, ink: str) -> Image.Image:
-    """The sheet with these pictures, a row that has none being empty."""
-    made = Image.new("RGB", (sheet.width, sheet.height), background)
-    draw = ImageDraw.Draw(made)
+    """Draw the sheet with these pictures; a row without pictures is empty."""
+    image = Image.new("RGB", (sheet.width, sheet.height), background)
+    draw = ImageDraw.Draw(image)
     for row, places in zip(rows, sheet.pictures):
         for picture, place in zip(row, places):
             if place is not None:
-                made.paste(picture, place)
+                image.paste(picture, place)
     for text in sheet.texts:
         for number, line in enumerate(text.lines):
             draw.text((text.left, text.top + number * line_height(sheet.font)), line, font=sheet.font, fill=ink)
-    return made
+    return image

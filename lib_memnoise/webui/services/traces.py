@@ -1,4 +1,4 @@
-"""Traces of ‖Δ‖, for the page and the API to fetch after a generation."""
+"""Keeps traces of ‖Δ‖ for the page and the API to fetch after a generation, and saves them to files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lib_memnoise.core.files import replacing
 from lib_memnoise.core.report import Generation
 
 MOST = 128
-"""Generations whose traces are kept; the oldest go first."""
+"""The most generations whose traces are kept; the oldest are dropped first."""
 
 
 class TraceStore:
-    """A bounded store. Who knows a trace's name may read it; names cannot be guessed."""
+    """A bounded store of traces. Anyone who knows a trace's name may read it; names cannot be guessed."""
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
@@ -43,7 +43,7 @@ STORE = TraceStore()
 
 
 def document(generation: Generation) -> dict[str, Any]:
-    """The traces of a generation's images so far, as JSON."""
+    """The traces of a generation's images so far, as JSON: one object with a list of images."""
     return {
         "id": generation.trace_id,
         "method": generation.settings.method,
@@ -65,7 +65,7 @@ def document(generation: Generation) -> dict[str, Any]:
 
 
 def save(generation: Generation, pictures: Sequence[Image.Image], batch_size: int) -> None:
-    """Write each image's trace beside its picture, `NAME.memnoise.json` and `.png`, if that was saved.
+    """Write the traces of saved pictures next to them, as `NAME.memnoise.json` and `NAME.memnoise.png`.
 
     Raises:
         OSError: a file cannot be written.

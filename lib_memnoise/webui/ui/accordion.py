@@ -1,4 +1,4 @@
-"""The accordion, its controls made from the schema, and how infotext fills them."""
+"""The accordion: its controls, which are made from the schema, and how infotext fills them."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ CUSTOM = Settings(preset="custom").resolved("sd1")
 
 
 def initial(name: str) -> Any:
-    """A control's first value: the setting's default, else what Custom begins with; "" for what may stay open."""
+    """A control's first value: the setting's default, or Custom's value; "" for a setting that may be empty."""
     value = getattr(DEFAULTS, name)
     return "" if is_open(name) else shown(name, getattr(CUSTOM, name) if value is None else value)
 
 
 def control(name: str, elem_id: str) -> Any:
+    """The gradio component of a setting."""
     spec, value = SPECS[name], initial(name)
     common: dict[str, Any] = {"label": spec.label, "info": spec.help, "elem_id": elem_id, "value": value}
     if spec.choices is not None:
-        # The labels are the values: gradio 3.41's dropdown knows no others.
+        # The labels are the values, since gradio 3.41's dropdown has no separate ones.
         return gr.Dropdown(choices=list(spec.choices.values()), **common)
     if type_of(name) is bool:
         return gr.Checkbox(**common)
@@ -51,11 +52,11 @@ def control(name: str, elem_id: str) -> Any:
 
 
 CHOOSING = ("method", "preset", "when", "guidance", "rule")
-"""The dropdowns by which other controls are shown or hidden."""
+"""The dropdowns that decide which other controls are shown."""
 
 
 def classes(name: str) -> list[str]:
-    """What the page's script shows and hides a control by."""
+    """The CSS classes by which the page's script shows and hides a control."""
     spec = SPECS[name]
     names = ["memnoise-custom"] if spec.preset else []
     if spec.methods:
@@ -68,7 +69,12 @@ def classes(name: str) -> list[str]:
 
 
 def build(elem_id: Callable[[str], str], page: Page) -> tuple[list[Any], list[tuple[Any, Any]]]:
-    """The accordion. Returns the components in the order of SLOTS, and what a pasted infotext does to each."""
+    """Build the accordion.
+
+    Returns:
+        The components in the order of `SLOTS`, and pairs of a component and the function that a pasted infotext calls
+        for it.
+    """
     controls: dict[str, Any] = {}
 
     def add(name: str) -> None:
@@ -125,15 +131,15 @@ def build(elem_id: Callable[[str], str], page: Page) -> tuple[list[Any], list[tu
 
 
 def restorer(name: str) -> Callable[[Mapping[str, Any]], Any]:
-    """A control's value from a picture's infotext; None leaves it alone. Never raises."""
+    """A function that returns a control's value from a picture's infotext, or None to leave it. It never raises."""
 
     def restore(params: Mapping[str, Any]) -> Any:
         given, _ = from_infotext(params)
         if not given["enabled"]:
             return None
         if "preset" not in given and any(SPECS[other].preset for other in given):
-            given["preset"] = "custom"  # elsewhere the page has no such value of its own
-        # The host casts to the type of the first value, through float for whole numbers.
+            given["preset"] = "custom"  # the page has controls for a preset's values only with Custom
+        # The host casts to the type of the control's first value, via float for whole numbers.
         value = shown(name, given[name]) if name in given else initial(name)
         return f"{value:g}" if is_open(name) and name in given else type(initial(name))(value)
 
@@ -141,12 +147,13 @@ def restorer(name: str) -> Callable[[Mapping[str, Any]], Any]:
 
 
 def restore_unreadable(params: Mapping[str, Any]) -> Any:
+    """Show what could not be read of a pasted infotext, or hide the field."""
     problems = from_infotext(params)[1]
     return gr.update(value=" ".join(problems), visible=bool(problems))
 
 
 def labels() -> str:
-    """What the page's script needs: label to value of each dropdown, and when each method has guidance start."""
+    """Data for the page's script, as JSON: each dropdown's values by label, and when each method starts guidance."""
     names: dict[str, Any] = {
         name: {label: key for key, label in (SPECS[name].choices or {}).items()} for name in CHOOSING
     }
@@ -155,7 +162,7 @@ def labels() -> str:
 
 
 def hints() -> str:
-    """A line for each method, and for each preset what it sets; the page's script shows the chosen ones."""
+    """HTML with a line for each method and for each preset's values; the page's script shows the chosen ones."""
     lines = [f"<p class='memnoise-part memnoise-{name}'>{method.help}</p>" for name, method in METHODS.items()]
     for preset in ("auto", "sd1", "sd2_v", "custom"):
         for method in METHODS:
@@ -169,16 +176,17 @@ def hints() -> str:
 
 
 AUTO = (("sd1_like", "SD 1.x"), ("sd2_v_like", "SD 2.x v"), ("relative", "others"))
-"""What "auto" stands for, and how it is called."""
+"""The presets that "auto" may stand for, and their labels."""
 PUBLISHED_FOR = (("sd1", "SD 1.4's own file"), ("sd2_v", "SD 2.0 v's"))
 
 
 def differs(preset: str, method: str) -> bool:
-    """Whether a published target is another than that of checkpoints of the kind."""
+    """Whether the published checkpoint's target differs from that of other checkpoints of its kind."""
     return preset_line(preset, method) != preset_line(f"{preset}_like", method)
 
 
 def preset_line(preset: str, method: str) -> str:
+    """The values of a preset for a method, in one line; empty where there are none."""
     if preset == "custom":
         own = preset_line("sd1", method)
         return own and f"SD 1.x has {own}"
@@ -196,7 +204,7 @@ def preset_line(preset: str, method: str) -> str:
 
 
 def settings_page() -> None:
-    """The options in the host's settings page."""
+    """Add the options to the host's settings page."""
     section = ("memnoise", "Memnoise")
     for key, default, label, info in (
         (
@@ -213,5 +221,5 @@ def settings_page() -> None:
         ),
     ):  # fmt: skip
         shared.opts.add_option(key, shared.OptionInfo(default, label, section=section).info(info))
-        # Else an API request's override_settings would stay set after its call.
+        # Otherwise an API request's override_settings would stay set after its call.
         shared.opts.data.setdefault(key, default)

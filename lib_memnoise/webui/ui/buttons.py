@@ -1,7 +1,7 @@
-"""The accordion's buttons, and the plot of what a generation did.
+"""The accordion's buttons, and the plot of a generation's trace.
 
-They read the tab's own controls, which the host makes before and after the accordion: what is asked for is collected
-as it is made, and connected when the last of it is there.
+The buttons read the tab's own controls, which the host makes before and after the accordion. So the controls are
+collected as they are made, and connected when the last of them exists.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ INPUTS = {
     "sampler_name": "txt2img_sampling", "scheduler": "txt2img_scheduler", "steps": "txt2img_steps",
     "cfg_scale": "txt2img_cfg_scale",
 }  # fmt: skip
-"""What a score depends on, and the elements that hold it; a host may lack some."""
+"""The values that a score depends on, and the ids of their elements; a host may lack some."""
 SOURCE_LABELS = {"built-in": "built-in prompts", "recent": "my recent pictures' prompts", "own": "captions of my own"}
-"""Of `calibration.SOURCES`, as the page's dropdown has them."""
+"""The labels of `calibration.SOURCES` in the page's dropdown."""
 LAST = "generation_info_{tab}"
-"""Made after all others. Changes with every generation; its text is what the API calls info."""
+"""The id of the element that is made last. It changes with every generation; its text is the API's info."""
 
 
 class Page:
-    """One tab's plot, and in txt2img its buttons. Holds components, nothing of any generation."""
+    """One tab's plot, and in txt2img its buttons. It holds components, and no state of any generation."""
 
     def __init__(self, script: Any, tab: str) -> None:
         self.tab = tab
@@ -55,7 +55,7 @@ class Page:
         return collect
 
     def build(self, elem_id: Callable[[str], str]) -> None:
-        """The components, at the end of the accordion."""
+        """Build the components, at the end of the accordion."""
         if self.has_buttons:
             self._build_buttons(elem_id)
         self.plot = gr.Plot(label="Magnitude along the trajectory", visible=False, elem_id=elem_id("plot"))
@@ -92,7 +92,7 @@ class Page:
                 elem_id=elem_id("compared"),
             )
             self.reference = gr.Image(label="Picture that must not be copied (optional)", elem_id=elem_id("likeness"))
-            # gradio would open it, as whatever it is.
+            # gradio would open the picture itself, in any format.
             self.reference.preprocess = as_sent
             self.compare = gr.Button("Compare methods", elem_id=elem_id("compare"))
             self.grid = gr.Image(label="The same seeds by every method", visible=False, elem_id=elem_id("grid"))
@@ -106,6 +106,7 @@ class Page:
         self.task.do_not_save_to_config = True
 
     def connect(self, made: Any) -> None:
+        """Connect the buttons and the plot, when the host has made its last component."""
         if self.has_buttons:
             self._connect_buttons()
         made.component.change(
@@ -143,7 +144,7 @@ Answer = tuple[list[tuple[str, float]], str]
 
 
 def answering(run: Callable[[dict[str, Any]], Answer], names: Sequence[str]) -> Callable[..., list[Any]]:
-    """A button's function: its arguments by name, and one sentence where it cannot be done."""
+    """A button's function, which passes its arguments by name and shows a sentence where `run` refuses."""
 
     def answer(task: Any, *values: Any) -> list[Any]:
         try:
@@ -156,7 +157,7 @@ def answering(run: Callable[[dict[str, Any]], Answer], names: Sequence[str]) -> 
 
 
 def as_sent(upload: Any) -> Any:
-    """An uploaded picture as it came: a data URL of gradio 3; of gradio 4 the path of the file that it was put into."""
+    """An uploaded picture as it was sent: a data URL in gradio 3, the path of a temporary file in gradio 4."""
     path = getattr(upload, "path", None)
     return Path(path) if path else upload
 
@@ -200,7 +201,7 @@ def comparing(names: Sequence[str]) -> Callable[..., list[Any]]:
 
 
 def seeded(given: dict[str, Any]) -> dict[str, Any]:
-    """The seeds of the batch that Generate would make, in place of the first and the batch's size."""
+    """The values with the seeds of the batch that Generate would make, in place of its first seed and size."""
     count, seed = given.pop("batch_size", 1), given.pop("seed", -1)
     json_request.need(
         json_request.whole(count, 1, json_request.MOST_IMAGES), "batch_size", count, "a whole number from 1"
@@ -209,7 +210,7 @@ def seeded(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_seed(value: Any) -> int:
-    """What the host makes of the page's field, which is -1 where it is left empty or holds no number."""
+    """The seed in the page's field as the host reads it. The field is -1 where it is empty or holds no number."""
     try:
         return int(processing.get_fixed_seed(value))
     except (TypeError, ValueError, OverflowError):
@@ -218,7 +219,7 @@ def first_seed(value: Any) -> int:
 
 
 def checked(given: dict[str, Any]) -> Answer:
-    """Scores of the batch that Generate would make, as a table, and the words that they come from."""
+    """The words that contribute most to the scores of the batch that Generate would make, and a table of the scores."""
     answer = scoring.score_as_json(json_request.parse({**seeded(given), "words": True}))
     scored = answer["images"]
     significance = [sum(image["words"][k][1] for image in scored) / len(scored) for k in range(len(scored[0]["words"]))]
@@ -227,6 +228,7 @@ def checked(given: dict[str, Any]) -> Answer:
 
 
 def table(answer: dict[str, Any]) -> str:
+    """The scores and their notes as HTML."""
     lines = ["<tr><th>Seed</th><th>Score</th><th>Percentile</th><th></th></tr>"]
     for image in answer["images"]:
         percentile = "" if image["percentile"] is None else f"{image['percentile']:.0f}"
@@ -238,12 +240,12 @@ def table(answer: dict[str, Any]) -> str:
     rows = sum(image["rows"] for image in answer["images"])
     notes = [f"{against(answer)}, first timestep {answer['timestep']:g}; {rows} network rows."]
     notes += [f"{note[:1].upper()}{note[1:]}." for note in answer["notes"]]
-    said = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    return f"<table class='memnoise-scores'>{''.join(lines)}</table>{said}"
+    paragraphs = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    return f"<table class='memnoise-scores'>{''.join(lines)}</table>{paragraphs}"
 
 
 def against(answer: dict[str, Any]) -> str:
-    """What scores are compared with."""
+    """The threshold that scores are compared with, in words."""
     known = answer["calibration"]
     if known is None:
         return "Not calibrated"
@@ -251,7 +253,7 @@ def against(answer: dict[str, Any]) -> str:
 
 
 def calibrated(given: dict[str, Any]) -> Answer:
-    """Calibrate the checkpoint at the tab's size, sampler and steps, with the prompts that were chosen."""
+    """Calibrate the checkpoint at the tab's size, sampler and steps, with the chosen prompts."""
     from lib_memnoise.webui.services import calibrating
 
     wanted = ("width", "height", "sampler_name", "scheduler", "steps", "cfg_scale")
@@ -270,18 +272,18 @@ def calibrated(given: dict[str, Any]) -> Answer:
 
 
 def generation_outputs(info: str) -> list[Any]:
-    """What the page shows of a finished request: the trace's plot, if there is one, and why cells of a plot failed."""
+    """What the page shows after a request: the plot of its trace if there is one, and why cells of an X/Y/Z failed."""
     try:
         params = json.loads(info)["extra_generation_params"]
         name, failed = params.get(f"{INFOTEXT} trace id"), params.get(FAILED_CELLS) or []
     except (ValueError, KeyError, TypeError, AttributeError):
         name, failed = None, []
-    said = "".join(f"<p class='error'>A cell failed: {html.escape(text)}</p>" for text in failed)
-    return [plotted(name), said]
+    failures = "".join(f"<p class='error'>A cell failed: {html.escape(text)}</p>" for text in failed)
+    return [plotted(name), failures]
 
 
 def plotted(name: Any) -> Any:
-    """The plot of the trace of this id."""
+    """The plot of the trace with this id."""
     trace = STORE.get(name) if isinstance(name, str) else None
     if trace is None:
         return gr.update(value=None, visible=False)

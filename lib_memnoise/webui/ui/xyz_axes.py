@@ -1,4 +1,4 @@
-"""Axes of the X/Y/Z plot, one for each setting."""
+"""The axes of the X/Y/Z plot, one for each setting."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ PREFIX = "[Memnoise] "
 
 
 def label(name: str) -> str:
+    """The label of a setting's axis."""
     return PREFIX + ("Enabled" if name == "enabled" else SPECS[name].label)
 
 
 def xyz_module() -> Any:
+    """The host's module of the plot script; None where it is not loaded."""
     for data in scripts.scripts_data:
         if data.script_class.__module__ in ("xyz_grid.py", "scripts.xyz_grid", "xyz_grid"):
             return data.module
@@ -28,7 +30,7 @@ def xyz_module() -> Any:
 
 
 def register() -> bool:
-    """Add the axes, once; False if the plot script is not loaded (yet)."""
+    """Add the axes, unless they are there. Returns False if the plot script is not loaded (yet)."""
     module = xyz_module()
     if module is None:
         return False
@@ -38,6 +40,7 @@ def register() -> bool:
 
 
 def axis(module: Any, name: str) -> Any:
+    """The plot script's option for a setting."""
     numeric = type_of(name) in (int, float)
     return module.AxisOption(
         label(name),
@@ -50,10 +53,13 @@ def axis(module: Any, name: str) -> Any:
 
 
 def choices(name: str) -> list[str]:
+    """The values in an axis's dropdown."""
     return list(SPECS[name].choices or ("True", "False"))
 
 
 def set_in_cell(name: str) -> Callable[[Any, Any, Any], None]:
+    """A function that sets the setting for one cell of the plot."""
+
     def apply(p: Any, value: Any, values: Any) -> None:
         # A new dict each time: cells are shallow copies of one another.
         setattr(p, PLOT, {**getattr(p, PLOT, {}), name: from_text(name, value)})
@@ -62,7 +68,7 @@ def set_in_cell(name: str) -> Callable[[Any, Any, Any], None]:
 
 
 def prepare(name: str) -> Callable[[Any], list[str]]:
-    """The axis's text as values, all of them valid; the host's own reading of it raises, or never ends, for some."""
+    """A function that turns an axis's text into valid values. For some texts the host's own raises or never ends."""
 
     def split(text: Any) -> list[str]:
         try:
@@ -74,7 +80,7 @@ def prepare(name: str) -> Callable[[Any], list[str]]:
 
 
 def confirm(name: str) -> Callable[[Any, Any], None]:
-    """Checks before the first cell: the values, and that some cell's method uses the setting."""
+    """A check before the first cell: that the values are valid, and that some cell's method uses the setting."""
 
     def check(p: Any, values: Any) -> None:
         try:
@@ -95,7 +101,7 @@ def confirm(name: str) -> Callable[[Any, Any], None]:
 
 
 def axes_of(p: Any, script: Any) -> list[tuple[Any, Any, Any]]:
-    """The plot's three axes: what each is over (None: nothing that the plot knows), its text, what is chosen for it."""
+    """The plot's three axes: for each its option (None for one that the plot does not know), text and chosen values."""
     options = script.current_axis_options
     args = p.script_args[script.args_from : script.args_to]
     axes = []
@@ -106,10 +112,10 @@ def axes_of(p: Any, script: Any) -> list[tuple[Any, Any, Any]]:
 
 
 def refused_axis(p: Any) -> Refusal | None:
-    """`setup`: what is wrong with the axes that are asked for.
+    """`setup`: the reason to refuse the request's axes; None where they are valid.
 
-    The plot finds out too, but some hosts lose what it raises, it makes no picture of no values and says nothing, and
-    what is no list at all fails in it before ours is asked.
+    The plot script checks axes as well, but some hosts lose what it raises; it silently makes no picture where there
+    are no values; and it fails before our check where the values are not a list.
     """
     script = selected_script(p)
     if not hasattr(script, "current_axis_options"):
@@ -130,7 +136,7 @@ def refused_axis(p: Any) -> Refusal | None:
 
 
 def check_chosen(option: Any, text: Any, chosen: Any) -> None:
-    """That there are values in an axis's dropdown."""
+    """Raise `Refusal` unless there are values in an axis's dropdown."""
     if chosen not in (None, []) and not isinstance(chosen, (list, tuple)):
         raise Refusal(f"memnoise: {option.label} = {echo(chosen)} is not valid; it must be a list of values.")
     if not chosen:
@@ -143,6 +149,7 @@ def check_chosen(option: Any, text: Any, chosen: Any) -> None:
 
 
 def page_arguments(p: Any) -> dict[str, Any]:
+    """The settings in the request's own arguments, by name."""
     for script in p.scripts.alwayson_scripts:
         if script.title() == TITLE:
             return from_arguments(p.script_args[script.args_from : script.args_from + len(SLOTS)])
@@ -150,6 +157,7 @@ def page_arguments(p: Any) -> dict[str, Any]:
 
 
 def page_enabled(p: Any) -> bool:
+    """Whether the request's own arguments enable memnoise."""
     return page_arguments(p).get("enabled", False)
 
 
