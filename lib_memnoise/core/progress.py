@@ -45,4 +45,6 @@ def part_of_progress(on_progress: OnProgress, number: int, of: int) -> OnProgres
         number: the adjustment, counted from 0; they are made one after another.
         of: how many adjustments there are.
     """
-    return lambda own: on_progress(replace(own, done=number * own.most + own.done, most=of * own.most))
+    return lambda progress: on_progress(
+        replace(progress, done=number * progress.most + progress.done, most=of * progress.most)
+    )

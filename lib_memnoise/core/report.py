@@ -131,7 +131,7 @@ class Generation:
 
 def report_infotext(report: ImageReport) -> dict[str, str | int | None]:
     """A report as infotext: a value for each report key, None where there is nothing to write."""
-    rows, backward = (sum(getattr(own, name) for own in report.passes) for name in ("forward_rows", "backward_rows"))
+    rows, backward = (sum(getattr(part, name) for part in report.passes) for name in ("forward_rows", "backward_rows"))
     values = {
         **_of_pass(report),
         "mitigated": None if report.threshold is None else str(not report.left_alone),

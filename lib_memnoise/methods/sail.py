@@ -96,7 +96,7 @@ def adjust(
             target=target,
             max_steps=max_steps,
             on_progress=part_of_progress(
-                lambda own: context.on_progress(replace(own, what="loss")), attempt, redraws + 1
+                lambda progress: context.on_progress(replace(progress, what="loss")), attempt, redraws + 1
             ),
             patience=patience,
         )

@@ -41,8 +41,8 @@ class FirstStep:
 
     def cloned(self) -> FirstStep:
         """A copy that shares no tensors with this one."""
-        own = {name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **own)  # type: ignore[arg-type]
+        tensors = {name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
     def select(self, images: list[int]) -> FirstStep:
         """The first step of some images of the batch."""

@@ -134,8 +134,8 @@ class DeltaPredictor(DeltaQuery):
         rows: list[list[CachedRow]] = [[] for _ in value]
         for k, (cond, out) in enumerate(evaluated):
             for row, image in enumerate(range(len(value)) if k else owners):
-                own = detached(select_rows(cond, [row]))
-                rows[image].append(CachedRow(inputs[image].detach(), t, own, out[row].detach()))
+                condition = detached(select_rows(cond, [row]))
+                rows[image].append(CachedRow(inputs[image].detach(), t, condition, out[row].detach()))
         for image, measured, kept in zip(self.images, value, rows):
             self.cache.keep(image, measured, kept)
         return rows

@@ -39,7 +39,7 @@ class Step:
     @property
     def owners(self) -> list[int]:
         """The image that each row belongs to: the prompts' rows first, then the unconditional rows."""
-        return [i for i, own in enumerate(self.weights) for _ in own] + list(range(len(self.weights)))
+        return [i for i, weights in enumerate(self.weights) for _ in weights] + list(range(len(self.weights)))
 
 
 class Override(Protocol):
@@ -367,26 +367,26 @@ class Guider(abc.ABC):
         self._looked = set()  # from here on, rows are evaluated because the host asks for them
 
         for k, image in enumerate(images):
-            start, (own, last) = self.starts[image], self._rows_of(image)
+            start, (prompt_numbers, uncond_number) = self.starts[image], self._rows_of(image)
             self._decided.add(image)
             guided = False
-            at = [prompts.index(row) for row in own] if image in prompted else []
+            at = [prompts.index(row) for row in prompt_numbers] if image in prompted else []
             if image in watched and not self.in_parts:
                 value = self._magnitude(image, natives[at], native[k])  # type: ignore[arg-type]
                 start.observe(step.t, value)
                 guided = not start.is_off(step.t)
                 self._record(image, value, guided, self.plan.follows_negative)
             if not guided:
-                self._given[last] = out[k]
+                self._given[uncond_number] = out[k]
                 s = start.opposite
                 prompt_rows = self.opposite(image, outs[at], out[k], s) if s else self.unguided(image, out[k])
-                self._given.update(zip(own, prompt_rows))
+                self._given.update(zip(prompt_numbers, prompt_rows))
                 continue
             self.reports[image].transition = transition_point(start.curve)
             self._off.discard(image)
-            self._given.update(zip(own, outs[at]))
+            self._given.update(zip(prompt_numbers, outs[at]))
             if self.plan.follows_negative:
-                self._given[last] = out[k]
+                self._given[uncond_number] = out[k]
 
     def _trace_guided(self) -> None:
         """Record ‖Δ‖ of images whose rows have all been evaluated. Evaluates nothing."""

@@ -24,11 +24,11 @@ def json_schema() -> dict[str, Any]:
             entry["default"] = getattr(DEFAULTS, name)
         if spec.preset:
             entry["x-presets"] = {preset: values[name] for preset, values in PRESET_VALUES.items()}
-            own = {
+            by_method = {
                 method: {preset: numbers[name] for preset, numbers in presets.items() if name in numbers}
                 for method, presets in METHOD_VALUES.items()
             }
-            entry["x-method-presets"] = {method: numbers for method, numbers in own.items() if numbers}
+            entry["x-method-presets"] = {method: numbers for method, numbers in by_method.items() if numbers}
         if spec.methods:
             entry["x-methods"] = list(spec.methods)
         if spec.only is not None:

@@ -129,9 +129,11 @@ def register(_: Any, app: Any) -> None:
     page (`--gradio-auth`) would not protect them. Where the host's API has a password (`--api-auth`), these endpoints
     require it as well.
     """
-    own = next((route for route in app.routes if getattr(route, "path", "") == "/sdapi/v1/txt2img"), None)
-    if own is None:
+    host_route = next((route for route in app.routes if getattr(route, "path", "") == "/sdapi/v1/txt2img"), None)
+    if host_route is None:
         return
     payload.watch(app)
     for method, path, endpoint in ROUTES:
-        app.add_api_route(f"/memnoise/v1/{path}", endpoint, methods=[method], dependencies=list(own.dependencies))
+        app.add_api_route(
+            f"/memnoise/v1/{path}", endpoint, methods=[method], dependencies=list(host_route.dependencies)
+        )

@@ -33,10 +33,10 @@ def trace_baseline(current: SamplingPass, predictor: DeltaPredictor, starts: lis
     """
     p, backend, reports = current.p, current.backend, current.reports
     images, noise = [ImageReport() for _ in reports], current.noise.clone()
-    own = copy.copy(p)
-    own.refiner_checkpoint_info = None  # a switch would leave the refiner loaded for the picture
+    baseline = copy.copy(p)
+    baseline.refiner_checkpoint_info = None  # a switch would leave the refiner loaded for the picture
     host_rng = p.rng
-    own.rng = rng.ImageRNG(
+    baseline.rng = rng.ImageRNG(
         host_rng.shape,
         host_rng.seeds,
         subseeds=host_rng.subseeds,
@@ -45,8 +45,8 @@ def trace_baseline(current: SamplingPass, predictor: DeltaPredictor, starts: lis
         seed_resize_from_w=host_rng.seed_resize_from_w,
     )
     kept = getattr(rng, "nv_rng", None)
-    own.rng.next()
-    own.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
+    baseline.rng.next()
+    baseline.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
     plan = GuidancePlan(
         reports=images,
         starts=starts,
@@ -56,19 +56,19 @@ def trace_baseline(current: SamplingPass, predictor: DeltaPredictor, starts: lis
         empty=current.empty,
         expected_t=predictor.step.t,
         cache=OutputCache(),
-        fail=lambda error: fails(own, error),
+        fail=lambda error: fails(baseline, error),
         fail_instead=True,
     )
-    denoiser = own.sampler.model_wrap_cfg
-    session.put_guider(denoiser, backend.guider(own, denoiser, plan))
+    denoiser = baseline.sampler.model_wrap_cfg
+    session.put_guider(denoiser, backend.guider(baseline, denoiser, plan))
     shared.state.textinfo = "Memnoise: sampling the noise as drawn"
     try:
         with backend.left_as_it_was():
             picture = {"image_conditioning": predictor.image_cond}
             if is_second(p):
-                own.sampler.sample_img2img(own, current.x, noise, current.c, current.uc, **picture)
+                baseline.sampler.sample_img2img(baseline, current.x, noise, current.c, current.uc, **picture)
             else:
-                own.sampler.sample(own, noise, current.c, current.uc, **picture)
+                baseline.sampler.sample(baseline, noise, current.c, current.uc, **picture)
     finally:
         rng.nv_rng = kept
     raise_if_interrupted()

@@ -51,10 +51,10 @@ class ConditioningOverride:
         return shared.sd_model, shared.sd_model.sd_checkpoint_info
 
     def _texts(self) -> list[str]:
-        own = self.p.hr_prompts if self.p.is_hr_pass else self.p.prompts
+        host_prompts = self.p.hr_prompts if self.p.is_hr_pass else self.p.prompts
         return [
             text if (prompt := self.prompts.get(image)) is None or prompt.text is None else prompt.text
-            for image, text in enumerate(own)
+            for image, text in enumerate(host_prompts)
         ]
 
     def _steps(self) -> tuple[Any, ...]:
@@ -126,9 +126,9 @@ class ConditioningOverride:
         encoded = self._now()
         if encoded is not None:
             edited = self._recoded()
-            own = denoiser.sampler.sampler_extra_args["cond"]
+            host_cond = denoiser.sampler.sampler_extra_args["cond"]
             mixed = prompt_parser.MulticondLearnedConditioning(
-                own.shape, [encoded[0].batch[i] if i in edited else parts for i, parts in enumerate(batch)]
+                host_cond.shape, [encoded[0].batch[i] if i in edited else parts for i, parts in enumerate(batch)]
             )
             cond = self._mixed(cond, prompt_parser.reconstruct_multicond_batch(mixed, step)[1], owners, edited)
         return self._with_vectors(cond, owners, step)

@@ -281,12 +281,12 @@ def comment(p: Any, batch_number: int) -> None:
         traces.STORE.put(generation.trace_id, traces.document(generation))
     for place, report in enumerate(generation.batch(batch_number)):
         image = batch_number * p.batch_size + place + 1
-        for number, own in enumerate(report.passes):
+        for number, pass_report in enumerate(report.passes):
             what = f"Memnoise, image {image}" + (", hires pass" if number else "")
-            for text in ([f"not mitigated: {own.failed}"] if own.failed else []) + own.notes:
+            for text in ([f"not mitigated: {pass_report.failed}"] if pass_report.failed else []) + pass_report.notes:
                 p.comment(f"{what}: {text}.")
-            if getattr(shared.opts, "memnoise_page_note", True) and not own.failed:
-                p.comment(f"{what}: {summary(generation.settings, own)}.")
+            if getattr(shared.opts, "memnoise_page_note", True) and not pass_report.failed:
+                p.comment(f"{what}: {summary(generation.settings, pass_report)}.")
 
 
 def summary(settings: Settings, report: ImageReport) -> str:

@@ -56,12 +56,12 @@ def progress() -> Iterator[None]:
 @contextlib.contextmanager
 def randomness() -> Iterator[None]:
     """A context that restores the state of all random generators at its end."""
-    own, arrays, philox = random.getstate(), np.random.get_state(), getattr(rng, "nv_rng", _NONE)
+    python_state, arrays, philox = random.getstate(), np.random.get_state(), getattr(rng, "nv_rng", _NONE)
     with torch.random.fork_rng([devices.device] if devices.device.type == "cuda" else []):
         try:
             yield
         finally:
-            random.setstate(own)
+            random.setstate(python_state)
             np.random.set_state(arrays)
             if philox is not _NONE:
                 rng.nv_rng = philox

@@ -55,8 +55,8 @@ class SamplingPass:
     @property
     def cfg_scale(self) -> float:
         """The CFG scale of this pass."""
-        own = self.is_hires and quirks.has("hires has its own scale", self.p)
-        return float(self.p.hr_cfg if own else self.p.cfg_scale)
+        hires_scale = self.is_hires and quirks.has("hires has its own scale", self.p)
+        return float(self.p.hr_cfg if hires_scale else self.p.cfg_scale)
 
     @property
     def follows_negative(self) -> bool:

@@ -111,9 +111,9 @@ class CompVisBackend(WebuiBackend):
         Where the host's own unconditional rows differ from `query.uncond`, they are evaluated besides.
         """
         count, at = len(owners), query.step.at
-        own = query.uncond if query.host_uncond is None else query.host_uncond
-        theirs = conditioning(own, query.image_cond, unconditional=True)
-        equal = token_length(cond) == token_length(own)
+        host_uncond = query.uncond if query.host_uncond is None else query.host_uncond
+        theirs = conditioning(host_uncond, query.image_cond, unconditional=True)
+        equal = token_length(cond) == token_length(host_uncond)
         every = torch.cat([inputs[owners], inputs])
         parts = []
         for a, b in query.calls:

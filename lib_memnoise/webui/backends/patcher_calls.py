@@ -40,8 +40,8 @@ def gain(model: Any, sigma: Tensor) -> float:
 
 def paired_parts(parts: Composition) -> Composition:
     """The parts as the host uses them: as many as the shortest prompt has, with the weights of the last prompt."""
-    count = min(len(own) for own in parts)
-    return [[(row, weight) for (row, _), (_, weight) in zip(own[:count], parts[-1])] for own in parts]
+    count = min(len(prompt_parts) for prompt_parts in parts)
+    return [[(row, weight) for (row, _), (_, weight) in zip(prompt_parts[:count], parts[-1])] for prompt_parts in parts]
 
 
 def which_part(crossattn: Tensor, cond: Cond, rows_of_part: Sequence[list[int]]) -> int | None:

@@ -88,7 +88,7 @@ class PatchGuider(Guider):
     def step_of(self, denoiser: Any, params: Any) -> Step:
         batch = denoiser.sampler.sampler_extra_args["cond"].batch
         paired = paired_parts([[(k, part.weight) for k, part in enumerate(parts)] for parts in batch])
-        weights = [[weight for _, weight in own] for own in paired]
+        weights = [[weight for _, weight in parts] for parts in paired]
         lengths = [len(parts) for parts in batch]
         # For each part, its rows in the texts' condition.
         self._rows_of_part = [[sum(lengths[:i]) + k for i in range(len(batch))] for k in range(min(lengths))]
@@ -104,8 +104,8 @@ class PatchGuider(Guider):
     def _scale(self, denoiser: Any, sigma: float) -> float | None:
         """The CFG scale of a step, or None where the host leaves the unconditional rows out."""
         p = self.p
-        own = getattr(p, "is_hr_pass", False) and quirks.has("hires has its own scale", p)
-        scale = float(p.hr_cfg if own else p.cfg_scale)
+        hires_scale = getattr(p, "is_hr_pass", False) and quirks.has("hires has its own scale", p)
+        scale = float(p.hr_cfg if hires_scale else p.cfg_scale)
         floor = float(denoiser.sampler.sampler_extra_args.get("s_min_uncond") or 0.0)
         skipped = host().leaves_out_uncond(StepNow(denoiser.step, denoiser.total_steps, sigma, floor))
         alone = math.isclose(scale, 1.0) and not self._unet.model_options.get("disable_cfg1_optimization", False)
@@ -127,8 +127,10 @@ class PatchGuider(Guider):
                     crossattn = c["c_crossattn"][chunk * images : (chunk + 1) * images]
                     part = which_part(crossattn, self._params.text_cond, self._rows_of_part)
                 for image in range(images):
-                    own, last = self._rows_of(image)
-                    rows.append(last if mark == UNCOND else own[part] if part is not None else ELSEWHERE)
+                    prompt_numbers, uncond_number = self._rows_of(image)
+                    rows.append(
+                        uncond_number if mark == UNCOND else prompt_numbers[part] if part is not None else ELSEWHERE
+                    )
         self._rows = rows
         self._c = c
         return self.outputs_of(rows, x, sigma, c=c)

@@ -51,14 +51,14 @@ def parse(body: Any) -> tuple[Request, str, list[str]]:
     if not isinstance(body, Mapping):
         raise BadRequest(f"memnoise: the body = {echo(body)} is not valid; it must be a JSON object.")
     given = {name: value for name, value in body.items() if name != "source"}
-    own = "prompts" in given or "prompt" in given
-    source = body.get("source", "own" if own else "built-in")
+    has_prompts = "prompts" in given or "prompt" in given
+    source = body.get("source", "own" if has_prompts else "built-in")
     if not isinstance(source, str) or source not in calibration.SOURCES:
         hint = meant(source, {name: name for name in calibration.SOURCES})
         raise BadRequest(
             f"memnoise: source = {echo(source)} is not valid{hint}; it must be one of {', '.join(calibration.SOURCES)}."
         )
-    if own != (source == "own"):
+    if has_prompts != (source == "own"):
         rule = "needs prompts" if source == "own" else "takes no prompts beside its own"
         raise BadRequest(f"memnoise: source = {source} {rule}.")
     notes: list[str] = []
@@ -81,11 +81,11 @@ def parse(body: Any) -> tuple[Request, str, list[str]]:
 
 def calibrate_as_json(wanted: Request, source: str, notes: list[str]) -> dict[str, Any]:
     """Calibrate, and return the result as JSON. The caller holds the host's queue."""
-    made, scored = scoring.calibrate(wanted, source)
+    result, scored = scoring.calibrate(wanted, source)
     top = sorted(scored, key=lambda image: -image.score)[:SHOWN]
     if source != "built-in":
         notes = [*notes, "if one of these is memorised, the threshold is too high: " + ", ".join(map(described, top))]
-    return {**scoring.summary(made), "notes": notes}
+    return {**scoring.summary(result), "notes": notes}
 
 
 def described(image: ScoredImage) -> str:

@@ -116,8 +116,8 @@ def settings_of(number: int, entry: Any) -> dict[str, Any]:
 
 def label(settings: Mapping[str, Any]) -> str:
     """A row's label: the method and its explicit settings."""
-    own = [f"{name} {value}" for name, value in settings.items() if name not in ("enabled", "method")]
-    return ", ".join([METHODS[settings.get("method", "batch_wise")].label, *own])
+    explicit = [f"{name} {value}" for name, value in settings.items() if name not in ("enabled", "method")]
+    return ", ".join([METHODS[settings.get("method", "batch_wise")].label, *explicit])
 
 
 def compare(request: Request, chosen: list[dict[str, Any]], reference: Image.Image | None) -> Compared:

@@ -250,27 +250,27 @@ def calibrate(request: Request, source: str = "built-in") -> tuple[Calibration, 
             scored_images += [
                 scored for prompt, seed in zip(part, seeds) for scored in run_probe(request, [prompt], [seed])
             ]
-    made = calibration.make_calibration(
+    result = calibration.make_calibration(
         calibrations.key(detect(), scored_images[0].timestep, request.width, request.height),
         [scored.score for scored in scored_images],
         source,
     )
-    calibrations.store().save(made)
-    return made, scored_images
+    calibrations.store().save(result)
+    return result, scored_images
 
 
-def summary(made: Calibration, rate: float = RATE) -> dict[str, Any]:
+def summary(known: Calibration, rate: float = RATE) -> dict[str, Any]:
     """A calibration without its scores, as JSON."""
-    document = made.document()
-    scores, promise = document.pop("scores"), made.promise(rate)
+    document = known.document()
+    scores, promise = document.pop("scores"), known.promise(rate)
     return {
         **document,
-        "text": str(made),
+        "text": str(known),
         "count": len(scores),
         "lowest": scores[0],
-        "median": made.median,
+        "median": known.median,
         "highest": scores[-1],
-        "threshold": made.threshold(rate),
+        "threshold": known.threshold(rate),
         "false_positives": rate,
         "false_positives_95": [promise.low, promise.high],
         "promise": str(promise),

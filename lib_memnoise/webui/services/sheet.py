@@ -97,13 +97,13 @@ def lay_out(
     for r, label in enumerate(rows):
         places = [(label_width + k * cell + (cell - size[0]) // 2, top) for k in range(len(columns))]
         pictures.append([place if there else None for place, there in zip(places, shown[r])])
-        own = [
+        row_texts = [
             text(label_width + k * cell, top + size[1] if shown[r][k] else top, cell, captions[r][k])
             for k in range(len(columns))
         ]
-        own.append(text(0, top, label_width, [label]))
-        texts += own
-        lowest = [top + size[1] if any(shown[r]) else top, *(part.top + part.height for part in own)]
+        row_texts.append(text(0, top, label_width, [label]))
+        texts += row_texts
+        lowest = [top + size[1] if any(shown[r]) else top, *(part.top + part.height for part in row_texts)]
         top = max(lowest) + 2 * MARGIN
     return Sheet(label_width + len(columns) * cell, top, font, texts, pictures)
 

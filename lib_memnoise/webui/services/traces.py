@@ -78,8 +78,8 @@ def save(generation: Generation, pictures: Sequence[Image.Image], batch_size: in
         image, name = of_place.get(divmod(number, batch_size)), getattr(picture, "already_saved_as", None)
         if image is None or not name or not (image["points"] or image["drawn"] or image["hires"]):
             continue
-        own = {**traced, "images": [image]}
+        document_of_image = {**traced, "images": [image]}
         with replacing(Path(name).with_suffix(".memnoise.json")) as partial:
-            partial.write_text(json.dumps(own, indent=1), encoding="utf-8")
+            partial.write_text(json.dumps(document_of_image, indent=1), encoding="utf-8")
         with replacing(Path(name).with_suffix(".memnoise.png")) as partial:
-            partial.write_bytes(plots.png(own))
+            partial.write_bytes(plots.png(document_of_image))

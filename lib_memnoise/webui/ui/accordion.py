@@ -98,10 +98,10 @@ def build(elem_id: Callable[[str], str], page: Page) -> tuple[list[Any], list[tu
                 if SPECS[name].only is not None and not SPECS[name].advanced:
                     add(name)
         for methods in dict.fromkeys(SPECS[name].methods for name in CONTROLS if SPECS[name].methods):
-            own = [name for name in CONTROLS if SPECS[name].methods == methods and not SPECS[name].advanced]
-            if own:
+            names = [name for name in CONTROLS if SPECS[name].methods == methods and not SPECS[name].advanced]
+            if names:
                 with FormGroup(elem_classes=["memnoise-part", *(f"memnoise-{method}" for method in methods)]):
-                    for name in own:
+                    for name in names:
                         add(name)
         with gr.Accordion("More", open=False, elem_id=elem_id("more")):
             for name in CONTROLS:
@@ -188,8 +188,8 @@ def differs(preset: str, method: str) -> bool:
 def preset_line(preset: str, method: str) -> str:
     """The values of a preset for a method, in one line; empty where there are none."""
     if preset == "custom":
-        own = preset_line("sd1", method)
-        return own and f"SD 1.x has {own}"
+        sd1_line = preset_line("sd1", method)
+        return sd1_line and f"SD 1.x has {sd1_line}"
     if preset == "auto":
         lines = [f"{label}: {preset_line(key, method)}" for key, label in AUTO if preset_line(key, method)]
         known = [label for key, label in PUBLISHED_FOR if differs(key, method)]

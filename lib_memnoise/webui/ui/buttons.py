@@ -49,8 +49,8 @@ class Page:
         script.on_after_component(self.connect, elem_id=LAST.format(tab=tab))
 
     def _collector(self, name: str) -> Callable[[Any], None]:
-        def collect(made: Any) -> None:
-            self.inputs[name] = made.component
+        def collect(event: Any) -> None:
+            self.inputs[name] = event.component
 
         return collect
 
@@ -105,13 +105,13 @@ class Page:
         self.task = gr.Textbox(visible=False)
         self.task.do_not_save_to_config = True
 
-    def connect(self, made: Any) -> None:
+    def connect(self, event: Any) -> None:
         """Connect the buttons and the plot, when the host has made its last component."""
         if self.has_buttons:
             self._connect_buttons()
-        made.component.change(
+        event.component.change(
             fn=generation_outputs,
-            inputs=[made.component],
+            inputs=[event.component],
             outputs=[self.plot, self.failed],
             show_progress=False,
             queue=False,
@@ -120,11 +120,11 @@ class Page:
     def _connect_buttons(self) -> None:
         names, components = tuple(self.inputs), list(self.inputs.values())
         more = {"source": self.source, "captions": self.captions}
-        for button, run, own in ((self.check, checked, {}), (self.calibrate, calibrated, more)):
-            function = call_queue.wrap_gradio_gpu_call(answering(run, (*names, *own)), extra_outputs=[gr.update()])
+        for button, run, inputs in ((self.check, checked, {}), (self.calibrate, calibrated, more)):
+            function = call_queue.wrap_gradio_gpu_call(answering(run, (*names, *inputs)), extra_outputs=[gr.update()])
             button.click(
                 fn=function,
-                inputs=[self.task, *components, *own.values()],
+                inputs=[self.task, *components, *inputs.values()],
                 outputs=[self.words, self.verdict],
                 show_progress=False,
                 **{JS: "memnoiseTask"},
@@ -261,12 +261,12 @@ def calibrated(given: dict[str, Any]) -> Answer:
     source = next(name for name, label in SOURCE_LABELS.items() if label == given["source"])
     if source == "own":
         body["prompts"] = distinct((given["captions"] or "").splitlines(), MOST)
-    made = calibrating.calibrate_as_json(*calibrating.parse({**body, "source": source}))
-    notes = "".join(f"<p>{html.escape(note[:1].upper() + note[1:])}.</p>" for note in made["notes"])
+    result = calibrating.calibrate_as_json(*calibrating.parse({**body, "source": source}))
+    notes = "".join(f"<p>{html.escape(note[:1].upper() + note[1:])}.</p>" for note in result["notes"])
     return [], (
-        f"<p>Calibrated at {made['width']}x{made['height']}: {made['text']} score {made['lowest']:.4g} to "
-        f"{made['highest']:.4g}, half of them above {made['median']:.4g}. A score above {made['threshold']:.4g} "
-        f"counts as memorised ({made['promise']}).</p>"
+        f"<p>Calibrated at {result['width']}x{result['height']}: {result['text']} score {result['lowest']:.4g} to "
+        f"{result['highest']:.4g}, half of them above {result['median']:.4g}. A score above {result['threshold']:.4g} "
+        f"counts as memorised ({result['promise']}).</p>"
         f"{notes}"
     )
 
