@@ -121,6 +121,20 @@ def test_what_is_not_finite_ends_its_image_alone() -> None:
     assert list(found.failed) == [1] and torch.equal(found.x[1], x[1])
 
 
+@pytest.mark.parametrize("rule", ["adamw", "sphere", "forward"])
+def test_what_is_zero_already_cannot_fall(rule: str) -> None:
+    """Prompt editing may begin with the empty prompt: Δ is 0, and half of it is no target."""
+    x = noise(2)
+
+    def delta(x: Tensor) -> Tensor:
+        return 0 * x
+
+    given_settings = {"method": "per_sample", "rule": rule, "target": 0.5, "target_kind": "fraction"}
+    found = run(x, delta, from_mapping(given_settings).resolved("sd1"), BatchContext("eps"))
+    assert torch.equal(found.x, x) and not found.notes
+    assert found.steps is not None and found.steps.tolist() == [0, 0]
+
+
 def test_forward_descent_needs_no_gradient() -> None:
     forward = from_mapping({"method": "per_sample", "rule": "forward"}).resolved("sd1")
     assert not needs_gradient(forward)

@@ -119,8 +119,10 @@ def descend(
             then, now = (torch.stack([values[i] for i in running]) for values in (lowest[step - patience], after))
             far = is_far(then, now, aims, patience, max_steps - step).to(value)
         # All that is decided by comes from a GPU at once: every question makes it wait.
+        # A loss of 0 cannot fall, and half of it is no target.
+        is_below = (value < aims) | (value == 0)
         below, finite, is_hopeless, values, wanted = torch.stack(
-            [(value < aims).to(value), torch.isfinite(value).to(value), far, value, aims]
+            [is_below.to(value), torch.isfinite(value).to(value), far, value, aims]
         ).tolist()
         for k, i in enumerate(running):
             reached[i], hopeless[i] = bool(below[k]), bool(is_hopeless[k] and not below[k])

@@ -61,8 +61,9 @@ def descend_forward(
         far = torch.zeros_like(value)
         if patience is not None and patience <= step < max_steps:
             far = is_far(lowest[step - patience], after, targets, patience, max_steps - step)[running].to(value)
+        is_below = (value < aims) | (value == 0)  # 0 cannot fall, and half of it is no target
         below, finite, is_hopeless, values, wanted = torch.stack(
-            [(value < aims).to(value), torch.isfinite(value).to(value), far, value, aims]
+            [is_below.to(value), torch.isfinite(value).to(value), far, value, aims]
         ).tolist()
         for k, i in enumerate(running):
             reached[i], hopeless[i] = bool(below[k]), bool(is_hopeless[k] and not below[k])

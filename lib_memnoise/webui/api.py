@@ -30,6 +30,9 @@ def with_http_errors(what: Callable[[], Any]) -> Any:
     except RecursionError:
         # The host parses brackets in prompts by recursion.
         raise Refusal("memnoise: the prompt's brackets are nested too deeply.") from None
+    except OverflowError:
+        # It converts the numbers of prompt editing to whole ones.
+        raise Refusal("memnoise: a number in the prompt is too large.") from None
 
 
 def score(body: Any = Body(...)) -> Any:  # noqa: B008

@@ -316,3 +316,25 @@ def test_a_calibration_can_be_interrupted(studio: Studio) -> None:
     assert all(made["timestep"] != 858 for made in listed(studio))
     assert studio.run().images
     json.dumps(answer)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "sentence"),
+    [
+        ("score", {"prompt": "a", "negative_prompt": f"[a:b:{'9' * 400}]"}, "a number in the prompt is too large"),
+        ("calibrate", {"sorce": "recent"}, 'did you mean "source"?'),
+    ],
+)
+def test_prompts_that_the_host_cannot_read(studio: Studio, path: str, body: dict[str, Any], sentence: str) -> None:
+    small = {"width": 64, "height": 64, "steps": 4, "sampler_name": "DDIM"} if path == "score" else {}
+    answer = studio.host.post(f"/memnoise/v1/{path}", {**body, **small})
+    assert answer.status_code == 422 and sentence in answer.text.replace("\\", "")
+
+
+def test_a_score_that_is_no_number_has_no_verdict(running: Any) -> None:
+    if running.is_real:
+        pytest.skip("the module is looked at from within")
+    from lib_memnoise.webui.services import scoring
+
+    assert scoring.verdict(float("nan"), 0.01, None) == scoring.NOT_A_NUMBER
+    assert scoring.verdict(float("inf"), 0.01, None) == scoring.NOT_A_NUMBER

@@ -73,7 +73,12 @@ def parse(body: Any) -> tuple[Request, str, list[str]]:
     elif source == "built-in":
         given["prompts"] = ordinary_prompts()
     return (
-        json_request.parse(given, kind="calibration", without=(*json_request.OWN, "seed", "seeds", "words")),
+        json_request.parse(
+            given,
+            kind="calibration",
+            without=(*json_request.OWN, "seed", "seeds", "words"),
+            others={"source": "Source"},
+        ),
         source,
         notes,
     )

@@ -54,7 +54,9 @@ OWN = ("methods", "reference")
 """Names that only a comparison has; it reads them itself."""
 
 
-def parse(body: Any, *, kind: str = "score", without: Collection[str] = OWN) -> Request:
+def parse(
+    body: Any, *, kind: str = "score", without: Collection[str] = OWN, others: Mapping[str, str] | None = None
+) -> Request:
     """Validate a request from JSON.
 
     `prompt` (or `prompts`) is a string or a list of strings; `seed` (or `seeds`) is a number or a list of numbers. All
@@ -63,6 +65,7 @@ def parse(body: Any, *, kind: str = "score", without: Collection[str] = OWN) -> 
     Args:
         kind: the kind of request, in a word, for error messages.
         without: names that this kind of request does not take.
+        others: names that it takes besides and that its caller has read already, with their labels.
 
     Raises:
         BadRequest: something is missing, unknown, given twice or out of bounds.
@@ -72,6 +75,7 @@ def parse(body: Any, *, kind: str = "score", without: Collection[str] = OWN) -> 
     known = {name: label for name, label in LABELS.items() if name not in without}
     for name in body:
         if name not in known:
+            known |= others or {}
             hint = meant(name, known)
             raise BadRequest(f"memnoise: there is no {echo(name)} in a {kind}{hint}; it may have {', '.join(known)}.")
     for one, many in SINGULAR.items():

@@ -280,8 +280,13 @@ def summary(known: Calibration, rate: float = RATE) -> dict[str, Any]:
 NOT_CALIBRATED = 'not calibrated, so that nothing can be told; "Calibrate checkpoint" finds what is high here'
 
 
+NOT_A_NUMBER = "the network's output is not a number, so that nothing can be told"
+
+
 def verdict(score: float, rate: float, known: Calibration | None) -> str:
     """The meaning of a score, in words."""
+    if not math.isfinite(score):
+        return NOT_A_NUMBER
     if known is None:
         return NOT_CALIBRATED
     if not score <= known.threshold(rate):
@@ -299,8 +304,8 @@ def score_as_json(request: Request, rate: float = RATE) -> dict[str, Any]:
             "prompt": scored.prompt,
             "seed": scored.seed,
             "score": scored.score,
-            "percentile": known.percentile(scored.score) if known else None,
-            "flagged": None if threshold is None else not scored.score <= threshold,
+            "percentile": known.percentile(scored.score) if known and math.isfinite(scored.score) else None,
+            "flagged": None if threshold is None or not math.isfinite(scored.score) else scored.score > threshold,
             "verdict": verdict(scored.score, rate, known),
             "rows": scored.rows,
             **({"words": [list(pair) for pair in scored.words]} if request.words else {}),
