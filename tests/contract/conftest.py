@@ -22,11 +22,10 @@ from tests.hosts import webui
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTS = ["double", "patcher", *(["webui"] if webui.locate() else [])]
 REACHING = (
-    "test_automatic.py", "test_generation.py", "test_img2img.py", "test_inner_runs.py", "test_methods.py",
-    "test_opposite.py", "test_scores.py", "test_unsupported.py", "test_witness.py",
+    "test_img2img.py", "test_inner_runs.py", "test_opposite.py", "test_unsupported.py", "test_witness.py",
 )  # fmt: skip
-"""Scenarios that reach the host's network, which are tried on both doubles. What comes before it the hosts have in
-common; with EVERY_DOUBLE=1 it is tried twice as well, but for the page and its passwords."""
+"""Scenarios that are tried on both doubles: what reaches the host's network in its own way. With EVERY_DOUBLE=1 all of
+them are, but for the page and its passwords, which the hosts have in common."""
 NEVER = ("test_access.py", "test_page.py")
 
 
