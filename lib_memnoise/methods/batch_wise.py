@@ -11,6 +11,21 @@ from lib_memnoise.methods.batch import BatchContext, Outcome
 from lib_memnoise.settings import ResolvedSettings
 
 
+def step(x: Tensor, prediction: Tensor, delta: Delta, *, gamma: float, rho: float) -> Tensor:
+    """One adjustment of Algorithm 1, at one evaluation of Δ.
+
+    Args:
+        x: latents, `(B, C, H, W)`.
+        prediction: ε̃(x, T, y), which is Δ(x, T), in the shape and dtype of x.
+        delta, gamma, rho: as in `adjust`.
+    """
+    length = per_image(magnitude(prediction))
+    # δ̂(x_T) = ρ · ε̃(x_T, T, y) / ‖ε̃(x_T, T, y)‖₂
+    probe = rho * prediction / torch.where(length == 0, torch.ones_like(length), length)
+    # x̃_T = x_T − γ̃ (ε̃(x_T + δ̂(x_T), T, y) − ε̃(x_T, T, y))
+    return x - gamma * (delta(x + probe).to(x.dtype) - prediction)
+
+
 @torch.no_grad()
 def adjust(
     x: Tensor, delta: Delta, *, gamma: float, rho: float, steps: int, on_progress: OnProgress = ignore_progress
@@ -36,12 +51,7 @@ def adjust(
     if gamma == 0 or rho == 0:
         return x
     for number in range(steps):
-        prediction = delta(x).to(x.dtype)
-        length = per_image(magnitude(prediction))
-        # δ̂(x_T) = ρ · ε̃(x_T, T, y) / ‖ε̃(x_T, T, y)‖₂
-        probe = rho * prediction / torch.where(length == 0, torch.ones_like(length), length)
-        # x̃_T = x_T − γ̃ (ε̃(x_T + δ̂(x_T), T, y) − ε̃(x_T, T, y))
-        x = x - gamma * (delta(x + probe).to(x.dtype) - prediction)
+        x = step(x, delta(x).to(x.dtype), delta, gamma=gamma, rho=rho)
         on_progress(Progress(number + 1, steps, "adjustment", len(x)))
     return x
 

@@ -56,6 +56,69 @@ def gradients(loss: Tensor, variables: Sequence[Tensor]) -> list[Tensor]:
     return [gradient / LOSS_SCALE for gradient in torch.autograd.grad(total, list(variables))]
 
 
+class Judge:
+    """Decides after every evaluation which images of a descent go on, and keeps what has come of each.
+
+    Everything is decided from one copy of the device's values, since each further question, and each index that comes
+    from Python as a list, makes a GPU wait.
+    """
+
+    def __init__(self, target: float | Callable[[Tensor], Tensor], max_steps: int, patience: int | None) -> None:
+        """The arguments are those of `descend`."""
+        self.target = target
+        self.max_steps = max_steps
+        self.patience = patience
+        self.before = torch.empty(0)
+        """The first losses, `(B,)`."""
+        self.after: list[Tensor] = []
+        """The lowest loss of each image so far."""
+        self.targets: list[Tensor] = []
+        self.lowest: list[list[Tensor]] = []
+        """`after` at every step."""
+        self.taken: list[int] = []
+        self.reached: list[bool] = []
+        self.hopeless: list[bool] = []
+
+    def improved(self, running: list[int], value: Tensor) -> Tensor:
+        """Take in the losses of the images that are running. Returns which are their lowest so far, `(n,)`."""
+        if not self.taken:
+            self.before, self.after = value, list(value)
+            targets = self.target(value).to(value) if callable(self.target) else torch.full_like(value, self.target)
+            self.targets = list(targets)
+            self.taken = [0] * len(value)
+            self.reached, self.hopeless = [False] * len(value), [False] * len(value)
+        better = value <= torch.stack([self.after[i] for i in running])
+        for k, i in enumerate(running):
+            self.after[i] = torch.where(better[k], value[k], self.after[i])
+        self.lowest.append(self.after.copy())
+        return better
+
+    def going(self, step: int, running: list[int], value: Tensor, on_progress: OnProgress) -> list[int]:
+        """The places in `running` of the images that go on after this step; their progress is reported."""
+        aims, far = torch.stack([self.targets[i] for i in running]), torch.zeros_like(value)
+        if self.patience is not None and self.patience <= step < self.max_steps:
+            then, now = (
+                torch.stack([losses[i] for i in running]) for losses in (self.lowest[step - self.patience], self.after)
+            )
+            far = is_far(then, now, aims, self.patience, self.max_steps - step).to(value)
+        is_below = (value < aims) | (value == 0)  # 0 cannot fall, and half of it is no target
+        below, finite, is_hopeless, values, wanted = torch.stack(
+            [is_below.to(value), torch.isfinite(value).to(value), far, value, aims]
+        ).tolist()
+        for k, i in enumerate(running):
+            self.reached[i], self.hopeless[i] = bool(below[k]), bool(is_hopeless[k] and not below[k])
+        going = [k for k in range(len(running)) if finite[k] and not below[k] and not is_hopeless[k]]
+        on_progress(progress_of(step, self.max_steps, [(values[k], wanted[k]) for k in going]))
+        return [] if step == self.max_steps else going
+
+    def result(self, best: list[Tensor]) -> Descent:
+        """The descent that led to these variables."""
+        return Descent(
+            best, torch.tensor(self.taken), self.before, torch.stack(self.after),
+            torch.tensor(self.reached), torch.tensor(self.hopeless),
+        )  # fmt: skip
+
+
 def descend(
     start: Sequence[Tensor],
     loss: Loss,
@@ -91,44 +154,18 @@ def descend(
     variables = [value.detach().clone().requires_grad_() for value in start]
     optim = optimiser(variables)
     best = [value.detach().clone() for value in start]
-    taken, reached, hopeless = [0] * len(best), [False] * len(best), [False] * len(best)
-    before = best[0].new_zeros(0)
-    after: list[Tensor] = []
-    targets: list[Tensor] = []
-    lowest: list[list[Tensor]] = []  # at every step, the lowest losses so far
-
+    judge = Judge(target, max_steps, patience)
     running = list(range(len(best)))
     for step in range(max_steps + 1):
         with torch.set_grad_enabled(step < max_steps):
             current = loss([variables[i] for i in running], running)
-        value = current.detach()
-        if step == 0:
-            before = value.to(best[0])
-            after = list(before)
-            targets = list(target(value).detach().to(before) if callable(target) else torch.full_like(before, target))
-        for k, i in enumerate(running):
-            better = value[k] <= after[i]
+        value = current.detach().to(best[0])
+        for i, better in zip(running, judge.improved(running, value)):
             best[i] = torch.where(better, variables[i].detach(), best[i])
-            after[i] = torch.where(better, value[k], after[i])
 
         # `if loss < target_loss: break`, image by image.
-        aims = torch.stack([targets[i] for i in running])
-        lowest.append(after.copy())
-        far = torch.zeros_like(value)
-        if patience is not None and patience <= step < max_steps:
-            then, now = (torch.stack([values[i] for i in running]) for values in (lowest[step - patience], after))
-            far = is_far(then, now, aims, patience, max_steps - step).to(value)
-        # All that is decided by comes from a GPU at once: every question makes it wait.
-        # A loss of 0 cannot fall, and half of it is no target.
-        is_below = (value < aims) | (value == 0)
-        below, finite, is_hopeless, values, wanted = torch.stack(
-            [is_below.to(value), torch.isfinite(value).to(value), far, value, aims]
-        ).tolist()
-        for k, i in enumerate(running):
-            reached[i], hopeless[i] = bool(below[k]), bool(is_hopeless[k] and not below[k])
-        going = [k for k in range(len(running)) if finite[k] and not below[k] and not is_hopeless[k]]
-        on_progress(progress_of(step, max_steps, [(values[k], wanted[k]) for k in going]))
-        if step == max_steps or not going:
+        going = judge.going(step, running, value, on_progress)
+        if not going:
             break
 
         # `optim.zero_grad(); loss.backward(); optim.step()`
@@ -144,10 +181,10 @@ def descend(
         optim.step()
         running = [i for i in running if variables[i].grad is not None]
         for i in running:
-            taken[i] += 1
+            judge.taken[i] += 1
         if not running:
             break
-    return Descent(best, torch.tensor(taken), before, torch.stack(after), torch.tensor(reached), torch.tensor(hopeless))
+    return judge.result(best)
 
 
 def is_far(before: Tensor, now: Tensor, target: Tensor, steps: int, left: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lib_memnoise.core.delta import Delta, magnitude, select, working_precision
 from lib_memnoise.core.progress import OnProgress, ignore_progress
 from lib_memnoise.methods.batch import BatchContext, Outcome, aimed, missed_targets
-from lib_memnoise.methods.descent import PATIENCE, descend
+from lib_memnoise.methods.descent import PATIENCE, Descent, descend
 from lib_memnoise.methods.forward_descent import descend_forward
 from lib_memnoise.settings import ResolvedSettings
 
@@ -115,58 +115,43 @@ def adjust(
         on_progress=on_progress,
         patience=patience,
     )
-    return Adjusted(
-        torch.stack(descent.best), descent.steps, descent.before, descent.after, descent.reached, descent.hopeless
-    )
+    return _adjusted(descent)
+
+
+def _adjusted(descent: Descent) -> Adjusted:
+    return Adjusted(torch.stack(descent.best), *descent[1:])
 
 
 def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
-    """`adjust` with resolved settings; an absolute target is scaled to the size of the latent."""
-    assert settings.lr is not None and settings.max_steps is not None
-    target, used = aimed(settings, context.factor(x))
+    """`adjust`, or `descend_forward`, with resolved settings.
+
+    An absolute target and ρ are scaled to the size of the latent.
+    """
+    assert settings.max_steps is not None
+    target, shown = aimed(settings, context.factor(x))
+    used: dict[str, object]
     if settings.rule == "forward":
-        return _forward(x, delta, settings, context, target, used)
-    result = adjust(
-        x,
-        delta,
-        lr=settings.lr,
-        target=target,
-        max_steps=settings.max_steps,
-        weight_decay=settings.weight_decay,
-        rule=settings.rule,
-        on_progress=context.on_progress,
-        patience=PATIENCE,
-    )
+        assert settings.gamma is not None and settings.rho is not None
+        used = {"gamma": settings.gamma, "rho": settings.rho * context.factor(x)}
+        result = _adjusted(
+            descend_forward(
+                x, delta, gamma=settings.gamma, rho=settings.rho * context.factor(x), target=target,
+                max_steps=settings.max_steps, keep_length=settings.keep_length, on_progress=context.on_progress,
+                patience=PATIENCE,
+            )
+        )  # fmt: skip
+    else:
+        assert settings.lr is not None
+        used = {"lr": settings.lr}
+        result = adjust(
+            x, delta, lr=settings.lr, target=target, max_steps=settings.max_steps, weight_decay=settings.weight_decay,
+            rule=settings.rule, on_progress=context.on_progress, patience=PATIENCE,
+        )  # fmt: skip
     return Outcome(
         result.x,
         before=result.before,
         after=result.after,
         steps=result.steps,
-        used={"rule": settings.rule, "lr": settings.lr, "target": used},
+        used={"rule": settings.rule, **used, "target": shown},
         notes=missed_targets(result, "noise", settings.max_steps),
-    )
-
-
-def _forward(
-    x: Tensor,
-    delta: Delta,
-    settings: ResolvedSettings,
-    context: BatchContext,
-    target: float | Callable[[Tensor], Tensor],
-    shown: object,
-) -> Outcome:
-    """`descend_forward` with resolved settings; ρ is scaled to the size of the latent. `shown`: the target."""
-    assert settings.gamma is not None and settings.rho is not None and settings.max_steps is not None
-    rho = settings.rho * context.factor(x)
-    found = descend_forward(
-        x, delta, gamma=settings.gamma, rho=rho, target=target, max_steps=settings.max_steps,
-        keep_length=settings.keep_length, on_progress=context.on_progress, patience=PATIENCE,
-    )  # fmt: skip
-    return Outcome(
-        torch.stack(found.best),
-        before=found.before,
-        after=found.after,
-        steps=found.steps,
-        used={"rule": "forward", "gamma": settings.gamma, "rho": rho, "target": shown},
-        notes=missed_targets(found, "noise", settings.max_steps),
     )

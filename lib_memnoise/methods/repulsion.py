@@ -25,13 +25,15 @@ def adjust(x: Tensor, delta: Delta, *, beta: float) -> tuple[Tensor, Tensor]:
 
     Returns:
         x̃_T in the shape of x, float32 (float64 if x is), and ‖Δ(x_T, T)‖, `(B,)`. An image whose Δ is zero stays as
-        it is.
+        it is, as do all with β = 0, to the bit.
 
     Cost: one evaluation of Δ, that is two network rows an image, forward only.
     """
     x = working_precision(x)
     prediction = delta(x).to(x.dtype)
     before = magnitude(prediction)
+    if beta == 0:
+        return x, before
     length = per_image(torch.where(before == 0, torch.ones_like(before), before))
     moved = x + beta * x[0].numel() ** 0.5 * prediction / length
     back = per_image(magnitude(x) / magnitude(moved))
@@ -39,10 +41,6 @@ def adjust(x: Tensor, delta: Delta, *, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def mitigate(x: Tensor, delta: Delta, settings: ResolvedSettings, context: BatchContext) -> Outcome:
-    """`adjust` with resolved settings; with β = 0 the noise is not touched, to the bit."""
-    if settings.beta == 0:
-        with torch.no_grad():
-            before = magnitude(delta(working_precision(x)).float())
-        return Outcome(working_precision(x), before=before, used={"beta": 0.0})
+    """`adjust` with resolved settings."""
     adjusted, before = adjust(x, delta, beta=settings.beta)
     return Outcome(adjusted, before=before, used={"beta": settings.beta})
