@@ -110,6 +110,13 @@ class Backend(abc.ABC):
         """Convert a difference of this backend's outputs to the network's native output."""
         return difference
 
+    def padded(self, denoiser: Any, cond: Cond, uncond: Cond) -> tuple[Cond, Cond]:
+        """Both conditions, padded to equal lengths where this host pads them."""
+        return cond, uncond
+
+    def load(self, x: Tensor) -> None:  # noqa: B027
+        """Load the model, leaving room for latents shaped like x. A no-op in hosts that keep it loaded."""
+
     @abc.abstractmethod
     def state(self) -> tuple[Any, ...]:
         """Everything besides its input that the network's output depends on: equal states mean equal outputs."""

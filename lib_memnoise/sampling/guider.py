@@ -178,10 +178,6 @@ class Guider(abc.ABC):
         Outputs may be denoised images as well as noise, since each is linear in the other.
         """
 
-    def padded(self, denoiser: Any, cond: Cond, uncond: Cond) -> tuple[Cond, Cond]:
-        """Both conditions, padded to equal lengths where this host pads them."""
-        return cond, uncond
-
     # Common to all hosts
 
     def begin_step(self, params: Any) -> None:
@@ -246,18 +242,19 @@ class Guider(abc.ABC):
 
     def _conditions(self, denoiser: Any, params: Any, batch: int) -> tuple[Cond, Cond]:
         """The prompts' conditions as the host evaluates them, and those that are followed while guidance is off."""
+        padded = self.backend.padded
         if self.plan.follows_negative and params.text_uncond is not None:
-            return self.padded(denoiser, params.text_cond, params.text_uncond)
+            return padded(denoiser, params.text_cond, params.text_uncond)
         cond = (
             params.text_cond
             if params.text_uncond is None
-            else self.padded(denoiser, params.text_cond, params.text_uncond)[0]
+            else padded(denoiser, params.text_cond, params.text_uncond)[0]
         )
         empty = self.plan.empty()
         empty = (
             select_rows(empty, [0] * batch) if self.plan.override is None else self.plan.override.empty(empty, batch)
         )
-        return cond, self.padded(denoiser, params.text_cond, empty)[1]
+        return cond, padded(denoiser, params.text_cond, empty)[1]
 
     def outputs_of(self, rows: list[int], x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         """The outputs for these rows of the step.

@@ -8,16 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from lib_memnoise.sampling.backend import Backend, Composition, FirstStep
-from lib_memnoise.sampling.cond_rows import Cond
 from lib_memnoise.sampling.guider import GuidancePlan, Guider
 from lib_memnoise.webui import failures
 
 
 class WebuiBackend(Backend):
     """A backend for a WebUI, whose generations are processing objects called p."""
-
-    def load(self, x: Tensor) -> None:
-        """Load the model, leaving room for latents shaped like x. A no-op in hosts that keep it loaded."""
 
     @abc.abstractmethod
     def first_step(self, p: Any, sampler: Any, x: Tensor) -> FirstStep:
@@ -30,10 +26,6 @@ class WebuiBackend(Backend):
     def composition(self, parts: Composition) -> Composition:
         """The prompts' parts as this host combines them."""
         return parts
-
-    def padded(self, denoiser: Any, cond: Cond, uncond: Cond) -> tuple[Cond, Cond]:
-        """Both conditions, padded to equal lengths where this host pads them."""
-        return cond, uncond
 
     def first_calls(self, p: Any, rows: int, images: int, *, equal: bool, sigma: float) -> tuple[tuple[int, int], ...]:
         """The calls in which the sampler's first step evaluates its rows; empty where they cannot be reproduced.

@@ -191,11 +191,7 @@ class WrapperGuider(Guider):
     def __init__(self, backend: CompVisBackend, p: Any, denoiser: Any, plan: GuidancePlan) -> None:
         super().__init__(backend, plan)
         self.p = p
-        self._padded = backend.padded
         self.attach(denoiser)
-
-    def padded(self, denoiser: Any, cond: Cond, uncond: Cond) -> tuple[Cond, Cond]:
-        return self._padded(denoiser, cond, uncond)
 
     def attach(self, denoiser: Any) -> None:
         """Stand in for this denoiser's network wrapper, which is a new one after a refiner switch."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib_memnoise.sampling.backend import Backend
 from lib_memnoise.sampling.cond_rows import Cond, vectors
 from lib_memnoise.sampling.guider import GuidancePlan, Guider, Step
 from lib_memnoise.sampling.output_cache import CachedModel
 from lib_memnoise.webui import quirks
-from lib_memnoise.webui.backends.base import WebuiBackend
 from lib_memnoise.webui.backends.patcher_calls import (
     COND,
     ELSEWHERE,
@@ -55,9 +55,8 @@ class PatchGuider(Guider):
     It attaches at the first step, after every extension has made its patches, and again where a refiner takes over.
     """
 
-    def __init__(self, backend: WebuiBackend, p: Any, plan: GuidancePlan) -> None:
+    def __init__(self, backend: Backend, p: Any, plan: GuidancePlan) -> None:
         super().__init__(backend, plan)
-        self.load = backend.load
         self.p = p
         self._wrapper: Any = None
         self._inner: Any = None
@@ -69,7 +68,7 @@ class PatchGuider(Guider):
         super().begin_step(params)
         if before not in (None, self._unet):
             # What is encoded anew when a refiner takes over may take its network's place.
-            self.load(params.x)
+            self.backend.load(params.x)
 
     def attach(self, denoiser: Any) -> None:
         objects = denoiser.inner_model.inner_model.forge_objects
