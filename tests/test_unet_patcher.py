@@ -17,13 +17,20 @@ from tests.hosts.double.host import Double
 def modules() -> Iterator[SimpleNamespace]:
     """The backend's modules, which need a host's packages to be imported."""
     with Double(None):
-        from lib_memnoise.webui.backends import patcher_calls, patcher_guider, patcher_hosts, unet_patcher
+        from lib_memnoise.webui.backends import (
+            left_out_rows,
+            patcher_calls,
+            patcher_guider,
+            patcher_hosts,
+            unet_patcher,
+        )
 
         yield SimpleNamespace(
             unet_patcher=unet_patcher,
             patcher_calls=patcher_calls,
             patcher_guider=patcher_guider,
             patcher_hosts=patcher_hosts,
+            left_out_rows=left_out_rows,
         )
 
 
@@ -191,6 +198,6 @@ def test_the_steps_without_unconditional_rows(
     row = next(row for row in hosts.HOSTS if row.host.split(" ")[0 : len(host.split(" "))] == host.split(" "))
     options = SimpleNamespace(skip_early_cond=early, s_min_uncond=floor, s_min_uncond_all=every)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hosts.shared, "opts", options)
-        steps = [hosts.StepNow(number, 10, 10.5 - number, floor) for number in range(10)]
+        patch.setattr(backend.left_out_rows.shared, "opts", options)
+        steps = [backend.left_out_rows.StepNow(number, 10, 10.5 - number, floor) for number in range(10)]
         assert [step.number for step in steps if row.leaves_out_uncond(step)] == without

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import per_image
 from lib_memnoise.sampling.backend import FirstStep
+from lib_memnoise.webui import quirks
 
 UNIPC_FIRST = 999.0
 """UniPC has a continuous schedule of its own, whose first timestep is the last of training."""
@@ -18,6 +19,12 @@ UNIPC_FIRST = 999.0
 def is_second(p: Any) -> bool:
     """Whether this pass starts from a picture: img2img, or the second pass of hires fix."""
     return bool(getattr(p, "is_hr_pass", False)) or hasattr(p, "init_images")
+
+
+def cfg_scale(p: Any) -> float:
+    """The CFG scale of this pass; hosts may have one of its own for the hires pass."""
+    hires_scale = getattr(p, "is_hr_pass", False) and quirks.has("hires has its own scale", p)
+    return float(p.hr_cfg if hires_scale else p.cfg_scale)
 
 
 def steps_of(p: Any) -> tuple[int, int]:

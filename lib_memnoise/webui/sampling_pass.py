@@ -14,9 +14,10 @@ from lib_memnoise.methods.batch import BatchContext
 from lib_memnoise.sampling.cond_rows import Cond, select_rows, token_length
 from lib_memnoise.sampling.delta_predictor import DeltaPredictor
 from lib_memnoise.sampling.output_cache import OutputCache
-from lib_memnoise.webui import quirks, tokens
+from lib_memnoise.webui import tokens
 from lib_memnoise.webui.backends.base import WebuiBackend
 from lib_memnoise.webui.host_conditions import follows_negative, image_conditioning
+from lib_memnoise.webui.sampler_start import cfg_scale
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,7 @@ class SamplingPass:
     @property
     def cfg_scale(self) -> float:
         """The CFG scale of this pass."""
-        hires_scale = self.is_hires and quirks.has("hires has its own scale", self.p)
-        return float(self.p.hr_cfg if hires_scale else self.p.cfg_scale)
+        return cfg_scale(self.p)
 
     @property
     def follows_negative(self) -> bool:

@@ -17,6 +17,7 @@ from lib_memnoise.sampling.guider import GuidancePlan, Guider, Step
 from lib_memnoise.sampling.output_cache import CachedModel
 from lib_memnoise.torch_utils.patching import frozen, original
 from lib_memnoise.webui.backends.base import WebuiBackend
+from lib_memnoise.webui.backends.left_out_rows import StepNow, by_a1111
 from lib_memnoise.webui.sampler_start import compvis_first_step
 
 
@@ -27,14 +28,6 @@ def conditioning(text: Cond, image: Tensor, *, unconditional: bool) -> Condition
     if isinstance(text, Mapping):
         return {**text, "c_concat": [image]}
     return {"c_crossattn": [text], "c_concat": [image]}
-
-
-def leaves_out_unconditional(p: Any, sigma: float, step: int = 0, steps: int = 1) -> bool:
-    """Whether the host leaves out the unconditional rows in this step ("skip early CFG", NGMS)."""
-    early, floor = getattr(shared.opts, "skip_early_cond", 0.0), getattr(p, "s_min_uncond", 0.0)
-    if early != 0.0 and step / steps <= early:
-        return True
-    return bool((step % 2 or getattr(shared.opts, "s_min_uncond_all", False)) and sigma < floor)
 
 
 class CompVisBackend(WebuiBackend):
@@ -73,7 +66,7 @@ class CompVisBackend(WebuiBackend):
     def first_calls(self, p: Any, rows: int, images: int, *, equal: bool, sigma: float) -> tuple[tuple[int, int], ...]:
         """The calls of the host's first step, without unconditional rows where the host leaves these out."""
         together = getattr(shared.opts, "batch_cond_uncond", True)
-        skipped = leaves_out_unconditional(p, sigma)
+        skipped = by_a1111(StepNow(0, 1, sigma, p.s_min_uncond))
         if equal or skipped:
             every = rows if skipped else rows + images
             size = every if together else images
@@ -233,13 +226,13 @@ class WrapperGuider(Guider):
         self._image_cond = params.image_cond
         inner = denoiser.inner_model
         t = float(inner.sigma_to_t(params.sigma[:1]) if hasattr(inner, "sigma_to_t") else params.sigma[0])
-        skipped = leaves_out_unconditional(self.p, float(params.sigma[0]), denoiser.step, denoiser.total_steps)
+        step = StepNow(denoiser.step, denoiser.total_steps, float(params.sigma[0]), self.p.s_min_uncond)
         return Step(
             t=t,
             weights=weights,
             known=params.x.shape[0] == sum(map(len, weights)) + len(weights),
             latents=params.x[-len(weights) :],
-            scale=None if skipped else float(self.p.cfg_scale) * getattr(denoiser, "cond_scale_miltiplier", 1.0),
+            scale=None if by_a1111(step) else float(self.p.cfg_scale) * getattr(denoiser, "cond_scale_miltiplier", 1.0),
         )
 
     def forward(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:

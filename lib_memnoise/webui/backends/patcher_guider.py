@@ -14,7 +14,7 @@ from lib_memnoise.sampling.backend import Backend
 from lib_memnoise.sampling.cond_rows import Cond, vectors
 from lib_memnoise.sampling.guider import GuidancePlan, Guider, Step
 from lib_memnoise.sampling.output_cache import CachedModel
-from lib_memnoise.webui import quirks
+from lib_memnoise.webui.backends.left_out_rows import StepNow
 from lib_memnoise.webui.backends.patcher_calls import (
     COND,
     ELSEWHERE,
@@ -29,7 +29,8 @@ from lib_memnoise.webui.backends.patcher_calls import (
     some_rows,
     which_part,
 )
-from lib_memnoise.webui.backends.patcher_hosts import StepNow, host
+from lib_memnoise.webui.backends.patcher_hosts import host
+from lib_memnoise.webui.sampler_start import cfg_scale
 
 
 def weak_wrapper(guider: PatchGuider, inner: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
@@ -102,9 +103,7 @@ class PatchGuider(Guider):
 
     def _scale(self, denoiser: Any, sigma: float) -> float | None:
         """The CFG scale of a step, or None where the host leaves the unconditional rows out."""
-        p = self.p
-        hires_scale = getattr(p, "is_hr_pass", False) and quirks.has("hires has its own scale", p)
-        scale = float(p.hr_cfg if hires_scale else p.cfg_scale)
+        scale = cfg_scale(self.p)
         floor = float(denoiser.sampler.sampler_extra_args.get("s_min_uncond") or 0.0)
         skipped = host().leaves_out_uncond(StepNow(denoiser.step, denoiser.total_steps, sigma, floor))
         alone = math.isclose(scale, 1.0) and not self._unet.model_options.get("disable_cfg1_optimization", False)
