@@ -95,7 +95,8 @@ def likeliest(given: Any, known: Mapping[str, str]) -> str | None:
     """
     if not isinstance(given, str) or not given:
         return None
-    table = {_plain(text): name for name, label in known.items() for text in (label, name)}
+    # A name goes before another one's label that is spelled like it.
+    table = {_plain(label): name for name, label in known.items()} | {_plain(name): name for name in known}
     wanted = _plain(given[:MOST])
     close = difflib.get_close_matches(wanted, table, n=1, cutoff=0.65)
     return table[close[0]] if close else None

@@ -82,6 +82,13 @@ def test_what_was_likely_meant() -> None:
         assert likeliest(given_, methods) == name, given_
 
 
+def test_a_name_goes_before_another_names_label() -> None:
+    """The label of `rule` is "Steps"; whoever writes it with a capital means `steps`."""
+    known = {name: spec.label for name, spec in SPECS.items()}
+    assert known["rule"] == "Steps" and likeliest("Steps", known) == "steps"
+    assert likeliest("Method", known) == "method" and likeliest("Step", known) == "steps"
+
+
 @HARMLESS
 @given(NAMES, VALUES)
 @example("gamma", 10**400)
