@@ -18,7 +18,6 @@ from lib_memnoise.methods.pipeline import Mitigated, mitigate
 from lib_memnoise.sampling.delta_predictor import DeltaPredictor
 from lib_memnoise.settings import ABSOLUTE, ResolvedSettings, Settings, size_factor
 from lib_memnoise.webui.blank_prompts import blank_images
-from lib_memnoise.webui.checkpoint import checkpoint_preset
 from lib_memnoise.webui.gradients import run_in_memory
 from lib_memnoise.webui.sampling_pass import SamplingPass
 from lib_memnoise.webui.services import calibrations
@@ -43,7 +42,7 @@ def settings_of_second(current: SamplingPass, generation: Generation) -> Setting
     makes the same picture.
     """
     settings = generation.pinned or generation.settings
-    kinds = {ABSOLUTE.get(preset, preset) for preset in (checkpoint_preset(current.backend), generation.preset)}
+    kinds = {ABSOLUTE.get(preset, preset) for preset in (current.preset, generation.preset)}
     if settings.preset != generation.settings.preset and len(kinds) > 1:
         for report in current.reports:
             report.note("some numbers were given, so all are the first pass's, whose checkpoint is of another kind")
@@ -64,9 +63,7 @@ def calibrated(current: SamplingPass, generation: Generation, settings: Settings
     Raises:
         NotCalibrated: there is no calibration, and the settings need one.
     """
-    follows = settings.preset == "calibrated" or settings.takes_from_calibration(
-        checkpoint_preset(current.backend)
-    ) != ("threshold",)
+    follows = settings.preset == "calibrated" or settings.takes_from_calibration(current.preset) != ("threshold",)
     if not settings.is_by_score and not follows:
         return None
     height, width = (8 * side for side in current.noise.shape[-2:])

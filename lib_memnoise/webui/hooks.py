@@ -76,7 +76,8 @@ def describe(p: Any) -> None:
         return
     if getattr(shared.opts, "memnoise_fail_instead", False):
         generation.fail_instead = True
-    generation.preset = checkpoint_preset(detect())
+    backend = detect()
+    generation.preset = checkpoint_preset(backend)
     pin(p, generation, generation.settings.pinned(generation.preset))
     if generation.settings.trace != "off":
         generation.trace_id = uuid.uuid4().hex
@@ -85,7 +86,7 @@ def describe(p: Any) -> None:
         key = f"{INFOTEXT} {key}"
         p.extra_generation_params[key] = _infotext_value(generation, key)
     if generation.settings.is_by_score or generation.settings.preset == "calibrated":
-        calibrating.prepare(p, generation)
+        calibrating.prepare(backend, p, generation)
 
 
 def pin(p: Any, generation: Generation, pinned: Settings) -> None:
@@ -159,9 +160,8 @@ def adjust(current: SamplingPass, generation: Generation) -> Adjusted:
         shared.state.textinfo = "Memnoise: adjusting the noise"
         predictor = current.predictor(as_host=is_measured_first(settings))
         numbers = adjusting.calibrated(current, generation, settings, predictor.step.t)
-        preset = checkpoint_preset(current.backend)
-        pinned = settings.pinned(preset, numbers)
-        resolved = settings.resolved(preset, numbers)
+        pinned = settings.pinned(current.preset, numbers)
+        resolved = settings.resolved(current.preset, numbers)
         if is_only_step(p):  # holding guidance back there would ignore the prompt altogether
             resolved = replace(resolved, tau_of=0.0)
         override: ConditioningOverride | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from lib_memnoise.sampling.delta_predictor import DeltaPredictor
 from lib_memnoise.sampling.output_cache import OutputCache
 from lib_memnoise.webui import tokens
 from lib_memnoise.webui.backends.base import WebuiBackend
+from lib_memnoise.webui.checkpoint import checkpoint_preset
 from lib_memnoise.webui.host_conditions import follows_negative, image_conditioning
 from lib_memnoise.webui.sampler_start import cfg_scale
 
@@ -52,6 +54,11 @@ class SamplingPass:
     def texts(self) -> list[str]:
         """The images' prompts."""
         return list(self.p.hr_prompts if self.is_hires else self.p.prompts)
+
+    @functools.cached_property
+    def preset(self) -> str:
+        """The preset that "auto" stands for on the checkpoint of this pass."""
+        return checkpoint_preset(self.backend)
 
     @property
     def cfg_scale(self) -> float:

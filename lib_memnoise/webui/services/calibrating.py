@@ -16,7 +16,6 @@ from lib_memnoise.core.report import Generation
 from lib_memnoise.errors import Unsupported, echo, meant
 from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.oom import is_out_of_memory
-from lib_memnoise.webui.backends import detect
 from lib_memnoise.webui.backends.base import WebuiBackend
 from lib_memnoise.webui.checkpoint import raise_if_unsupported
 from lib_memnoise.webui.failures import refuse
@@ -109,7 +108,7 @@ def first_timestep(backend: WebuiBackend, p: Any) -> float:
         return backend.first_step(p, sampler, torch.zeros(1, 4, 1, 1, device=devices.device)).t
 
 
-def prepare(p: Any, generation: Generation) -> None:
+def prepare(backend: WebuiBackend, p: Any, generation: Generation) -> None:
     """Calibrate before a generation samples, if it needs a calibration and there is none.
 
     Where no calibration is possible, all images are mitigated (`adjusting.calibrated`), and a request for the preset
@@ -119,7 +118,6 @@ def prepare(p: Any, generation: Generation) -> None:
     if generation.settings.reference == "negative" and any(p.all_negative_prompts):
         generation.remarks.append("scores are against the negative prompt, the calibration's against the empty one")
     try:
-        backend = detect()
         raise_if_unsupported(backend, generation.settings)
         calibrate_for(backend, p, generation)
         if is_preset:

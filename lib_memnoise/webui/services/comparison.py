@@ -128,7 +128,7 @@ def compare(request: Request, chosen: list[dict[str, Any]], reference: Image.Ima
     Raises:
         BadRequest, Unsupported: see `scoring.score`. Stopped: interrupted before the first picture was there.
     """
-    scoring.raise_if_nothing_to_score()
+    scoring.backend_to_score_with()
     seeds = [processing.get_fixed_seed(seed) for seed in request.seeds]
     shared.state.job_count = len(chosen)
     rows, cells, stopped = [], [], False

@@ -28,6 +28,7 @@ from lib_memnoise.settings import Settings
 from lib_memnoise.torch_utils.checkpointing import checkpointed
 from lib_memnoise.webui import tokens
 from lib_memnoise.webui.backends import detect
+from lib_memnoise.webui.backends.base import WebuiBackend
 from lib_memnoise.webui.checkpoint import load_checkpoint, raise_if_unsupported
 from lib_memnoise.webui.failures import is_stopping
 from lib_memnoise.webui.host_conditions import EmptyPrompt
@@ -127,23 +128,33 @@ def form(parts: Sequence[Any]) -> tuple[Any, ...]:
     return *(part.weight for part in parts), max(cond_rows.vectors(part.schedules[0].cond).shape[-2] for part in parts)
 
 
-def raise_if_nothing_to_score() -> None:
+def backend_to_score_with() -> WebuiBackend:
+    """Load the chosen checkpoint, and detect its backend.
+
+    Raises:
+        BadRequest: there is no checkpoint. Unsupported: it has no score.
+    """
     load_checkpoint()
     if getattr(shared.sd_model, "sd_checkpoint_info", None) is None:
         raise BadRequest("memnoise: no checkpoint is loaded.")
-    raise_if_unsupported(detect(), Settings())
+    backend = detect()
+    raise_if_unsupported(backend, Settings())
+    return backend
 
 
-def score(request: Request) -> list[ScoredImage]:
+def score(request: Request) -> tuple[WebuiBackend, list[ScoredImage]]:
     """Score every prompt with every seed; the caller holds the host's queue.
 
     Raises:
         BadRequest: no checkpoint is loaded. Unsupported: it is one that has no score. Stopped: the user interrupted.
     """
-    raise_if_nothing_to_score()
+    backend = backend_to_score_with()
     seeds = [list(request.seeds[start : start + BATCH]) for start in range(0, len(request.seeds), BATCH)]
     shared.state.job_count = len(request.prompts) * len(seeds)
-    return [scored for prompt in request.prompts for part in seeds for scored in run_probe(request, [prompt], part)]
+    scored_images = [
+        scored for prompt in request.prompts for part in seeds for scored in run_probe(request, [prompt], part)
+    ]
+    return backend, scored_images
 
 
 def make_processing(kind: type[Any], request: Request, prompts: list[str], seeds: Sequence[int]) -> Any:
@@ -232,7 +243,7 @@ def calibrate(request: Request, source: str = "built-in") -> tuple[Calibration, 
         BadRequest, Unsupported, Stopped: see `score`.
         calibration.BadCalibration: some scores are not positive numbers.
     """
-    raise_if_nothing_to_score()
+    backend = backend_to_score_with()
     prompts = calibration.distinct((extra_networks.parse_prompt(text)[0] for text in request.prompts), calibration.MOST)
     if len(prompts) < calibration.FEWEST:
         raise BadRequest(
@@ -251,7 +262,7 @@ def calibrate(request: Request, source: str = "built-in") -> tuple[Calibration, 
                 scored for prompt, seed in zip(part, seeds) for scored in run_probe(request, [prompt], [seed])
             ]
     result = calibration.make_calibration(
-        calibrations.key(detect(), scored_images[0].timestep, request.width, request.height),
+        calibrations.key(backend, scored_images[0].timestep, request.width, request.height),
         [scored.score for scored in scored_images],
         source,
     )
@@ -296,8 +307,8 @@ def verdict(score: float, rate: float, known: Calibration | None) -> str:
 
 def score_as_json(request: Request, rate: float = RATE) -> dict[str, Any]:
     """`score` as JSON, with percentiles and verdicts if there is a calibration."""
-    scored_images = score(request)
-    known, notes = calibrations.serving(detect(), scored_images[0].timestep, request.width, request.height)
+    backend, scored_images = score(request)
+    known, notes = calibrations.serving(backend, scored_images[0].timestep, request.width, request.height)
     threshold = known.threshold(rate) if known else None
     images = [
         {
