@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ from torch import Tensor
 
 from lib_memnoise.core.delta import magnitude
 from lib_memnoise.core.guidance import Start
-from lib_memnoise.core.report import ImageReport, report_infotext
+from lib_memnoise.core.report import ImageReport, note_all, report_infotext
 from lib_memnoise.errors import Unsupported
 from lib_memnoise.methods.batch import BatchContext, Outcome
 from lib_memnoise.methods.pipeline import mitigate as run_pipeline
 from lib_memnoise.sampling.memory_mode import first_attempt, free_memory, run_from
-from lib_memnoise.settings import ResolvedSettings, from_mapping, preset_for, to_infotext
+from lib_memnoise.settings import ResolvedSettings, Settings, from_mapping, preset_for, to_infotext
 from lib_memnoise.torch_utils.patching import frozen
 
 PROMPT_METHODS = ("cross_attention", "padding_fix", "prompt_embedding", "random_tokens")
@@ -39,11 +40,12 @@ class Mitigated:
     """The pipeline's, `latents` and `callback_on_step_end` among them, for one call."""
     reports: list[ImageReport]
     settings: ResolvedSettings
+    pinned: Settings
 
     @property
     def infotext(self) -> list[dict[str, Any]]:
         """Of each image, what the WebUI would write into its infotext."""
-        every = [{**to_infotext(self.settings), **report_infotext(report)} for report in self.reports]
+        every = [{**to_infotext(self.pinned), **report_infotext(report)} for report in self.reports]
         return [{key: value for key, value in text.items() if value is not None} for text in every]
 
 
@@ -100,6 +102,7 @@ class Guidance:
             for *pair, unguided in zip(self.negative, self.delta.cond, self.delta.uncond)
         ]
 
+    @torch.no_grad()
     def __call__(self, pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         for report in self.delta.reports:
             report.forward_rows += 2
@@ -109,9 +112,7 @@ class Guidance:
         watched = [i for i, start in enumerate(self.starts) if start.evaluates_prompt and start.is_off(float(t))]
         if watched:
             part = replace(self.delta, t=t, network_input=lambda x: pipe.scheduler.scale_model_input(x, t))
-            with torch.no_grad():
-                values = magnitude(part.select(watched)(given["latents"][watched])).tolist()
-            for i, value in zip(watched, values):
+            for i, value in zip(watched, magnitude(part.select(watched)(given["latents"][watched])).tolist()):
                 self.starts[i].observe(float(t), value)
         return dict(zip(("prompt_embeds", "add_text_embeds"), self.rows(float(t))))
 
@@ -142,7 +143,7 @@ def mitigate(
     chosen, scheduler = from_mapping({"enabled": True, **settings}), copy.deepcopy(pipe.scheduler)
     kind = {"epsilon": "eps", "v_prediction": "v"}.get(scheduler.config.get("prediction_type", ""), "")
     family = FAMILIES.get(pipe.unet.config.cross_attention_dim, "other")
-    resolved = chosen.resolved(preset_for(parameterization=kind, family=family))
+    resolved = chosen.resolved(preset := preset_for(parameterization=kind, family=family))
     refused = {
         "method": chosen.method in PROMPT_METHODS, "preset": chosen.preset == "calibrated",
         "trace": chosen.trace != "off", "opposite": resolved.start != "first" and resolved.opposite,
@@ -166,29 +167,28 @@ def mitigate(
     if len(cond) > 1:
         projection = pipe.text_encoder_2.config.projection_dim
         ids = pipe._get_add_time_ids(whole, (0, 0), whole, cond[0].dtype, projection).to(pipe.device)
-
     delta = PipelineDelta(
         pipe.unet, t, lambda x: scheduler.scale_model_input(x * scheduler.init_noise_sigma, t), cond, uncond, ids,
         reports)  # fmt: skip
     context = BatchContext(kind, float(t), float(scheduler.alphas_cumprod[round(float(t))]), seeds, prompts)
 
     def with_gradient(x: Tensor, delta: Any, context: BatchContext) -> Outcome:
-        mode, note = first_attempt(pipe.unet, x, 2 * len(x), free_memory(x.device)), reports[0].note
+        mode, note = first_attempt(pipe.unet, x, 2 * len(x), free_memory(x.device)), partial(note_all, delta.reports)
         return run_from(mode, x, delta, resolved, context, unet=pipe.unet, empty=torch.cuda.empty_cache, note=note)
 
     with frozen(pipe.unet):
         found = run_pipeline(
             noise.to(pipe.device), delta, resolved, context, reports=reports, guidance=guidance_scale,
             with_gradient=with_gradient)  # fmt: skip
-    arguments = {"latents": found.outcome.x.to(cond[0].dtype), "guidance_scale": guidance_scale}
-    arguments["num_inference_steps"] = num_inference_steps
+    arguments = {"latents": found.outcome.x.to(cond[0].dtype), "guidance_scale": guidance_scale,
+        "num_inference_steps": num_inference_steps}  # fmt: skip
     guidance = Guidance(delta, found.starts, negative)
     for name, rows in zip(("prompt_embeds", "pooled_prompt_embeds"), guidance.rows(float(t))):
         arguments[f"negative_{name}"], arguments[name] = rows.chunk(2)
     if guidance_scale > 1:
         names = ["latents", "prompt_embeds", "add_text_embeds"][: 1 + len(cond)]
         arguments |= {"callback_on_step_end": guidance, "callback_on_step_end_tensor_inputs": names}
-    return Mitigated(arguments, reports, resolved)
+    return Mitigated(arguments, reports, resolved, chosen.pinned(preset))
 
 
 @torch.no_grad()

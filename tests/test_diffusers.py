@@ -136,6 +136,10 @@ def test_none_is_the_pipelines_own_picture(sd: Any) -> None:
     assert found.reports[0].before == pytest.approx(float(magnitude(delta_of(sd)(drawn([5])))), rel=1e-4)
     assert found.reports[0].forward_rows == 2 + 2 * STEPS
     assert found.infotext[0]["Memnoise"] == "none" and "Memnoise magnitude" in found.infotext[0]
+    # As the WebUI's: what follows the preset is not spelled out.
+    followed = mitigate(sd, PROMPT, seeds=[5], settings={"method": "batch_wise"}, num_inference_steps=STEPS)
+    assert not {"Memnoise gamma", "Memnoise tau"} & followed.infotext[0].keys()
+    assert "gamma=0.7" in followed.infotext[0]["Memnoise used"]
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lib_memnoise.settings import INFOTEXT, Settings
@@ -76,6 +77,12 @@ class ImageReport:
     def every_note(self) -> list[str]:
         """The notes of both passes."""
         return self.notes + [f"hires pass: {note}" for note in ([] if self.hires is None else self.hires.notes)]
+
+
+def note_all(reports: Iterable[ImageReport], text: str) -> None:
+    """Add a note to each of the reports."""
+    for report in reports:
+        report.note(text)
 
 
 REPORT_KEYS = (

@@ -174,7 +174,6 @@ class Mitigated:
     outcome: Outcome
     starts: list[Start]
     """When guidance starts, for each image. They serve for one sampling; `starts_of` makes new ones."""
-    reports: list[ImageReport]
 
 
 def is_measured_first(settings: Settings) -> bool:
@@ -249,9 +248,10 @@ def mitigate(
     on_outcome(outcome)
     starts = starts_of(reports, settings, context.first, guidance)
     fill_reports(reports, outcome)
+    guided = is_guided(settings, guidance)
     for report, start in zip(reports, starts):
-        note_effects(report, outcome, start, context.first, is_guided(settings, guidance), guidance)
-    return Mitigated(outcome, starts, list(reports))
+        note_effects(report, outcome, start, context.first, guided, guidance)
+    return Mitigated(outcome, starts)
 
 
 def fill_reports(reports: Sequence[ImageReport], outcome: Outcome) -> None:

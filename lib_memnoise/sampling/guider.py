@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lib_memnoise.core.guidance import Start, transition_point
-from lib_memnoise.core.report import ImageReport, TracePoint
+from lib_memnoise.core.report import ImageReport, TracePoint, note_all
 from lib_memnoise.sampling.backend import Backend
 from lib_memnoise.sampling.cond_rows import Cond, select_rows
 from lib_memnoise.sampling.output_cache import OutputCache
@@ -219,10 +219,10 @@ class Guider(abc.ABC):
         step = self.step_of(denoiser, params)
         if self.expected_t is not None:
             if abs(step.t - self.expected_t) > 0.5:
-                for report in self.reports:
-                    report.note(
-                        f"the sampler started at t = {step.t:g}, the noise was adjusted for {self.expected_t:g}"
-                    )
+                note_all(
+                    self.reports,
+                    f"the sampler started at t = {step.t:g}, the noise was adjusted for {self.expected_t:g}",
+                )
             self.expected_t = None
         images = range(len(step.weights))
         off = {i for i in images if self.reports[i].failed is None and self.starts[i].is_off(step.t)}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lib_memnoise.core.calibration import Calibration
 from lib_memnoise.core.delta import Delta
-from lib_memnoise.core.report import Generation, ImageReport
+from lib_memnoise.core.report import Generation, ImageReport, note_all
 from lib_memnoise.errors import NotCalibrated
 from lib_memnoise.methods.batch import BatchContext, Outcome
 from lib_memnoise.methods.pipeline import Mitigated, mitigate
@@ -44,8 +44,9 @@ def settings_of_second(current: SamplingPass, generation: Generation) -> Setting
     settings = generation.pinned or generation.settings
     kinds = {ABSOLUTE.get(preset, preset) for preset in (current.preset, generation.preset)}
     if settings.preset != generation.settings.preset and len(kinds) > 1:
-        for report in current.reports:
-            report.note("some numbers were given, so all are the first pass's, whose checkpoint is of another kind")
+        note_all(
+            current.reports, "some numbers were given, so all are the first pass's, whose checkpoint is of another kind"
+        )
     return replace(settings, when="always")
 
 

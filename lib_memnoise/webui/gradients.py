@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from modules import devices
 from torch import Tensor
 
 from lib_memnoise.core.delta import magnitude, per_image
+from lib_memnoise.core.report import note_all
 from lib_memnoise.errors import Unsupported
 from lib_memnoise.methods.batch import BatchContext, Outcome
 from lib_memnoise.methods.descent import NoGradient, gradients
@@ -28,11 +31,6 @@ def run_in_memory(x: Tensor, delta: DeltaPredictor, settings: ResolvedSettings, 
     backend = delta.backend
     with backend.gradients():
         x, delta = x.clone(), delta.cloned()
-
-        def note(text: str) -> None:
-            for report in delta.reports:
-                report.note(text)
-
         return run_from(
             first_attempt(backend.unet, x, delta.rows, free_memory(x.device)),
             x,
@@ -41,7 +39,7 @@ def run_in_memory(x: Tensor, delta: DeltaPredictor, settings: ResolvedSettings, 
             context,
             unet=backend.unet,
             empty=devices.torch_gc,
-            note=note,
+            note=partial(note_all, delta.reports),
             check=(lambda: raise_if_wrong(x, delta)) if backend.is_doubtful() else None,
         )
 

@@ -17,7 +17,7 @@ import torch
 from modules import devices, errors, shared
 from torch import Tensor
 
-from lib_memnoise.core.report import Generation, ImageReport, report_infotext
+from lib_memnoise.core.report import Generation, ImageReport, note_all, report_infotext
 from lib_memnoise.errors import Interrupted, NotCalibrated, Unsupported
 from lib_memnoise.methods.batch import Outcome
 from lib_memnoise.methods.descent import NoGradient
@@ -141,8 +141,7 @@ def adjust_noise(p: Any, *, x: Tensor, noise: Tensor, c: Any, uc: Any) -> None:
     try:
         adjusted = adjust(current, generation)
     except Interrupted:
-        for report in reports:
-            report.note("interrupted before the noise was adjusted")
+        note_all(reports, "interrupted before the noise was adjusted")
     except Exception as error:
         fail(p, generation, reports, error)
     else:
@@ -235,8 +234,7 @@ def trace_noise_as_drawn(current: SamplingPass, predictor: DeltaPredictor, setti
         raise
     except Exception as error:
         errors.report("memnoise: the noise as drawn could not be traced", exc_info=True)
-        for report in current.reports:
-            report.note(f"the noise as drawn could not be traced: {error}")
+        note_all(current.reports, f"the noise as drawn could not be traced: {error}")
 
 
 def fail(p: Any, generation: Generation, reports: list[ImageReport], error: Exception) -> None:

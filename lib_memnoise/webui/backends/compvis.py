@@ -11,6 +11,7 @@ import torch
 from modules import prompt_parser, sd_models, shared
 from torch import Tensor, nn
 
+from lib_memnoise.core.report import note_all
 from lib_memnoise.sampling.backend import DeltaQuery, Evaluated, FirstStep
 from lib_memnoise.sampling.cond_rows import Cond, Conditions, joined, select_rows, token_length
 from lib_memnoise.sampling.guider import GuidancePlan, Guider, Step
@@ -198,11 +199,11 @@ class WrapperGuider(Guider):
         self.in_parts = "forward" in vars(self.inner)
         self.inner.forward = self._own
         if self.in_parts:
-            for report in self.reports:
-                report.note(
-                    "another extension evaluates the network in its own way, in tiles for instance; the magnitude is "
-                    "that of the network without it" + (" and is not traced" if self.plan.tracing else "")
-                )
+            note_all(
+                self.reports,
+                "another extension evaluates the network in its own way, in tiles for instance; the magnitude is "
+                "that of the network without it" + (" and is not traced" if self.plan.tracing else ""),
+            )
         self._cached = CachedModel(self.inner.inner_model, self.cache, self.backend)
         # Set in the instance's dict, which hides the submodule of this name and leaves it in place.
         self.inner.__dict__["inner_model"] = self._cached
